@@ -1,0 +1,177 @@
+"""Checks that training is what it says: reference model, NaN, lengths. Each answers a way to fail silently."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from sgpo_cli.errors import DivergedError, UsageError
+
+logger = logging.getLogger(__name__)
+
+LN2 = math.log(2)
+TOLERANCE = 1e-3
+LINE_SECONDS = 10.0
+
+
+class StopOnNan(TrainerCallback):
+    """Ends training at the first loss or gradient norm that is not finite.
+
+    TRL logs a NaN loss as 0.0 unless `logging_nan_inf_filter` is off, and finishes with success.
+    """
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                raise DivergedError(
+                    f"step {state.global_step}: {name} is {value}; no model was saved",
+                    "lower learning_rate, or look for broken rows in the data",
+                )
+
+
+class CheckReference(TrainerCallback):
+    """The reference is the frozen start model: the first rewards are 0, and the sigmoid loss is ln 2.
+
+    Another first loss means that the reference is not the model that training starts from, which TRL does
+    not notice (https://github.com/huggingface/trl/issues/2423 and the like).
+    """
+
+    def __init__(self, loss_type: Sequence[str]) -> None:
+        self._plain = list(loss_type) == ["sigmoid"]
+        self.first_loss: float | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step != 1 or logs is None or "rewards/chosen" not in logs:
+            return
+        self.first_loss = float(logs["loss"])
+        rewards = max(abs(float(logs[f"rewards/{side}"])) for side in ("chosen", "rejected"))
+        if rewards > TOLERANCE or (self._plain and abs(self.first_loss - LN2) > TOLERANCE):
+            raise DivergedError(
+                f"the first loss is {self.first_loss:.4f} (ln 2 = {LN2:.4f} expected) and the first reward "
+                f"{rewards:.4f} (0 expected): the reference is not the model that training starts from",
+                "pass a complete model directory as --model-name-or-path",
+            )
+
+
+class LogProgress(TrainerCallback):
+    """A line now and then: step, loss, time left."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = self._printed = time.monotonic()
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = self._printed = time.monotonic()
+        self._first_step = state.global_step
+        where = f"continues at step {state.global_step} of" if state.global_step else "trains for"
+        logger.info("%s: %s %d steps", self._what, where, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        now = time.monotonic()
+        last = state.global_step >= state.max_steps
+        if logs is None or "loss" not in logs or not (last or now - self._printed > LINE_SECONDS):
+            return
+        self._printed = now
+        steps = max(state.global_step - self._first_step, 1)
+        left = (state.max_steps - state.global_step) * (now - self._started) / steps
+        accuracy = logs.get("rewards/accuracies")
+        more = f", accuracy {accuracy:.2f}" if accuracy is not None else ""
+        logger.info(
+            "%s: step %d/%d, loss %.4f%s, %.0f s left",
+            self._what,
+            state.global_step,
+            state.max_steps,
+            float(logs["loss"]),
+            more,
+            left,
+        )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How the rows fit in `max_length` tokens."""
+
+    rows: int
+    longest: int
+    cut: int
+    dropped: int
+    max_length: int | None
+
+    def __str__(self) -> str:
+        limit = f"max_length {self.max_length}" if self.max_length else "no max_length"
+        return (
+            f"{self.rows} rows, longest {self.longest} tokens, {limit}: "
+            f"{self.cut} cut ({self.cut / self.rows:.1%}), {self.dropped} dropped ({self.dropped / self.rows:.1%})"
+        )
+
+
+def check_lengths(lengths: Sequence[tuple[int, int]], max_length: int | None, max_share: float) -> Lengths:
+    """Count what TRL will cut or drop without a word.
+
+    Args:
+        lengths: (tokens of the prompt, tokens of the whole row) per row.
+
+    Raises:
+        UsageError: more than `max_share` of the rows would be cut or dropped.
+    """
+    limit = max_length or max(total for _, total in lengths)
+    dropped = sum(prompt >= limit for prompt, _ in lengths)
+    cut = sum(total > limit for _, total in lengths) - dropped
+    found = Lengths(len(lengths), max(total for _, total in lengths), cut, dropped, max_length)
+    logger.info("%s", found)
+    if cut + dropped > max_share * len(lengths) or dropped == len(lengths):
+        raise UsageError(
+            f"max_length {max_length}: {cut} of {len(lengths)} rows would be cut, {dropped} dropped; the longest "
+            f"has {found.longest} tokens",
+            "raise --max-length, shorten the rows, or allow more with --max-truncated-share",
+        )
+    return found
+
+
+def show_examples(tokenizer: PreTrainedTokenizerBase, rows: Any, count: int = 3) -> None:
+    """Print decoded training rows, with the tokens that carry a label, as the trainer will see them."""
+    for number in range(min(count, len(rows))):
+        row = rows[number]
+        if "labels" in row:
+            labels = [token for token in row["labels"] if token != -100]
+            logger.debug("example %d: %r", number, tokenizer.decode(row["input_ids"]))
+            logger.debug("  trained on: %r", tokenizer.convert_ids_to_tokens(labels))
+        else:
+            logger.debug("example %d: %r", number, tokenizer.decode(row["prompt_ids"]))
+            logger.debug("  chosen:   %r", tokenizer.decode(row["chosen_ids"]))
+            logger.debug("  rejected: %r", tokenizer.decode(row["rejected_ids"]))

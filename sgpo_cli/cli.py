@@ -1,0 +1,253 @@
+"""The command line: parses, prints, maps errors to exit codes; imports nothing heavy.
+
+The flags of a stage's command are the fields of its config; flags that are not ours go to TRL's options.
+A flag beats the recipe, the recipe beats the default.
+"""
+
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from sgpo_cli import __version__, exits
+from sgpo_cli.configs import STAGES, StageConfig, own_options
+
+PASS_THROUGH = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": ["--help", "-h"],
+}
+
+app = typer.Typer(
+    name="sgpo",
+    help="Self-Generated Preference Optimization: a model learns to improve its own answers, and DPO on its "
+    "answers and improvements makes it better. No human preference data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFlag = Annotated[Path | None, typer.Option("--recipe", help="Recipe to take the options from.")]
+StepFlag = Annotated[str | None, typer.Option("--step", help="Step of the recipe; needed if several run this stage.")]
+FreshFlag = Annotated[bool, typer.Option("--fresh", help="Move an existing output directory aside (NAME.old).")]
+VerboseFlag = Annotated[
+    bool, typer.Option("--verbose", help="Show more, such as training examples with their labels.")
+]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Set before any import of theirs: no pings to the Hub, no notices about experimental modules.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries are noise in a log file
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"sgpo {__version__}")
+        raise typer.Exit
+
+
+def _flag(field: Field[Any]) -> inspect.Parameter:
+    """The command-line flag of a config field; None means "not given"."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    shown = "" if default in (MISSING, None, {}, []) else f" [default: {default}]"
+    required = " [required]" if default is MISSING or default == [] else ""
+    option = typer.Option(
+        "--" + field.name.replace("_", "-"),
+        help=field.metadata["help"] + shown + required,
+        metavar=_metavar(field.type),
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[_plain(field.type), option],
+    )
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "[" + "|".join(map(str, get_args(annotation))) + "]"
+    words = {"int": "INTEGER", "float": "NUMBER", "dict": "JSON"}
+    return next((words[name] for name in words if name in str(annotation)), "TEXT")
+
+
+def _plain(annotation: Any) -> Any:
+    """The type that the command line parses; ranges and choices are checked where recipes are."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is list or annotation is bool:
+        return annotation | None
+    return str | None
+
+
+def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
+    """The Typer command of a stage."""
+
+    def command(
+        ctx: typer.Context,
+        recipe: RecipeFlag = None,
+        step: StepFlag = None,
+        fresh: FreshFlag = False,
+        verbose: VerboseFlag = False,
+        debug: DebugFlag = False,
+        **flags: Any,
+    ) -> None:
+        with exits.mapped(debug=debug):
+            _configure_logging(verbose)
+            values = {name: value for name, value in flags.items() if value not in (None, [])}
+            run_stage(stage, recipe, step, values | trailing_options(ctx.args), fresh=fresh)
+
+    own = [_flag(field) for field in own_options(config).values()]
+    common = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    signature = inspect.Signature([*common[:1], *own, *(p.replace(kind=p.KEYWORD_ONLY) for p in common[1:])])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+    command.__doc__ = inspect.getdoc(config)
+    if config.TRAINER:
+        name = {"sft": "SFTConfig", "dpo": "DPOConfig"}[config.TRAINER]
+        command.__doc__ += (
+            f"\n\nEvery field of TRL's {name} and ModelConfig is a flag too, "
+            "for example --learning-rate 1e-5 --use-peft --num-train-epochs 2."
+        )
+    return command
+
+
+def trailing_options(arguments: list[str]) -> dict[str, Any]:
+    """`--learning-rate 1e-4 --use-peft --no-bf16` as {"learning_rate": "1e-4", "use_peft": True, "bf16": False}.
+
+    Raises:
+        UsageError: an argument that belongs to no flag.
+    """
+    from sgpo_cli.errors import UsageError
+
+    values: dict[str, Any] = {}
+    waiting = list(arguments)
+    while waiting:
+        flag = waiting.pop(0)
+        if not flag.startswith("--"):
+            raise UsageError(f"unexpected argument '{flag}'", "options start with --")
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if equals:
+            values[name] = value
+        elif waiting and not waiting[0].startswith("--"):
+            following = []
+            while waiting and not waiting[0].startswith("--"):
+                following.append(waiting.pop(0))
+            values[name] = following[0] if len(following) == 1 else following
+        elif name.startswith("no_"):
+            values[name.removeprefix("no_")] = False
+        else:
+            values[name] = True
+    return values
+
+
+def run_stage(
+    stage: str, recipe_path: Path | None, step_name: str | None, flags: dict[str, Any], *, fresh: bool
+) -> None:
+    """Run one step, unless it is up to date."""
+    import importlib
+
+    from sgpo_cli import artifacts, identity
+
+    config = _config(stage, recipe_path, step_name, flags)
+    step = artifacts.Step(config.output_dir, identity.request_of(stage, config))
+    if fresh and (aside := step.move_aside()):
+        typer.echo(f"{config.output_dir}: moved to {aside}")
+    if step.is_complete():
+        typer.echo(f"{config.output_dir}: up to date")
+        return
+    identity.check_inputs(config)
+    module = importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}")
+    module.run(config, step)
+    _print_summary(Path(config.output_dir), artifacts.read_manifest(step.directory) or {})
+
+
+def _config(stage: str, recipe_path: Path | None, step_name: str | None, flags: dict[str, Any]) -> StageConfig:
+    from sgpo_cli import recipe
+    from sgpo_cli.errors import UsageError
+
+    if recipe_path is None:
+        if step_name is not None:
+            raise UsageError("--step needs --recipe")
+        return recipe.build_config(stage, _parsed(stage, flags), f"sgpo {stage}")
+    plan = recipe.read(recipe_path)
+    spec = plan.step(step_name) if step_name else plan.only_step_of(stage)
+    if spec.stage != stage:
+        raise UsageError(f"{recipe_path}: step {spec.name} runs {spec.stage}, not {stage}")
+    return recipe.build_config(stage, spec.options | _parsed(stage, flags), f"{recipe_path}: steps.{spec.name}")
+
+
+def _parsed(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags whose option is a map are given as JSON."""
+    from sgpo_cli.errors import UsageError
+
+    own = own_options(STAGES[stage])
+    for name in [name for name in flags if name in own and get_origin(own[name].type) is dict]:
+        try:
+            flags[name] = json.loads(flags[name])
+        except ValueError as error:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag}: not valid JSON ({error})", f"""for example {flag} '{{"a": 1}}'""") from None
+    return flags
+
+
+def _print_summary(directory: Path, manifest: dict[str, Any]) -> None:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.get("rejected", {}).items())
+    rows = f"{manifest['rows_out']} of {manifest['rows_in']} rows" if "rows_in" in manifest else "done"
+    typer.echo(f"{directory}: {rows}{f' (rejected: {dropped})' if dropped else ''}, {manifest['seconds']:.1f} s")
+    for line in manifest.get("report", []):
+        typer.echo(line)
+
+
+def _configure_logging(verbose: bool) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a missing kernel on every CPU start
+    logging.getLogger("sgpo_cli").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+for _name, _config_class in STAGES.items():
+    app.command(_name, context_settings=PASS_THROUGH)(_command(_name, _config_class))
+
+
+@app.command("run")
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    from_step: Annotated[str | None, typer.Option("--from", help="Run this step and all after it again.")] = None,
+    fresh: FreshFlag = False,
+    verbose: VerboseFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Run a recipe's steps in order, skipping what is up to date."""
+    from sgpo_cli import pipeline
+
+    with exits.mapped(debug=debug):
+        _configure_logging(verbose)
+        if dry_run:
+            pipeline.print_plan(recipe)
+        else:
+            pipeline.run(recipe, from_step=from_step, fresh=fresh, flags=["--verbose"] * verbose + ["--debug"] * debug)
+
+
+@app.command("status")
+def status(recipe: Annotated[Path, typer.Argument(help="The recipe.")], debug: DebugFlag = False) -> None:
+    """Print the state of a recipe's steps: rows, rejects, seconds, and what would run next."""
+    from sgpo_cli import pipeline
+
+    with exits.mapped(debug=debug):
+        pipeline.print_status(recipe)

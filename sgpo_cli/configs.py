@@ -1,0 +1,214 @@
+"""Every option that is ours, declared once: one dataclass per stage, one field per flag and recipe key.
+
+`cli.py` builds the flags from the fields, `recipe.py` checks recipes against them, and the request of a
+step (`artifacts.Request`) is made of their values. Options of TRL's trainers are not listed here: they
+pass through (`trl_options.py`).
+"""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le
+
+Count = Annotated[int, Gt(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Temperature = Annotated[float, Ge(0), Le(10)]
+TopP = Annotated[float, Gt(0), Le(1)]
+
+TRAINER_KEY = "trainer"  # the field that holds options for TRL
+
+
+def option(help: str, default: Any = MISSING, *, kind: str = "value") -> Any:
+    """A field with its help text.
+
+    Args:
+        kind: how it enters the request of a step. "value": as it is. "data", "model": the digest of what
+            it names. "teacher": the digest of the model it names, if any. "prompt": the prompt's text.
+            "guard": not at all, because it can stop a run but never change its output.
+    """
+    metadata = {"help": help, "kind": kind}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What every stage has."""
+
+    VERSION: ClassVar[int] = 1  # raised by hand when the same request would give another output
+    TRAINER: ClassVar[str] = ""  # which of TRL's trainers takes further options: "sft", "dpo" or none
+
+    output_dir: str = option("Directory to write; a step has exactly one.", kind="guard")
+    seed: int = option("Seed of everything random in this step.", 42)
+
+
+@dataclass(kw_only=True)
+class DataConfig(StageConfig):
+    """A stage that reads rows."""
+
+    dataset: str = option("A step's directory, a JSONL, JSON, CSV or Parquet file, or a Hub name.", kind="data")
+    split: str = option("Split to read when the dataset comes from the Hub.", "train")
+    prompt_column: str | None = option("Your name for the column `prompt`.", None)
+    completion_column: str | None = option("Your name for the column with the reference answer.", None)
+    messages_column: str | None = option("Your name for the column `messages`.", None)
+    id_column: str | None = option("Your name for the column `id`.", None)
+    max_rows: Count | None = option("Use only the first rows of the dataset.", None)
+    on_bad_row: Literal["stop", "reject"] = option(
+        "What a malformed row does: stop everything, or be set aside in rejects.jsonl.", "stop"
+    )
+    control_tokens: Literal["reject", "keep"] = option(
+        "Text that holds a control token of the model, such as <|im_end|>: a bad row, or kept.", "reject"
+    )
+    max_reject_share: Share = option(
+        "With --on-bad-row reject: stop when more than this share is bad.", 0.01, kind="guard"
+    )
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(DataConfig):
+    """A stage that generates texts."""
+
+    engine: str = option("What generates: transformers, or echo (no model; for tests).", "transformers")
+    batch_size: Count = option("Rows per batch; a batch is the unit of work that a stop can cost.", 64)
+    max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)
+    temperature: Temperature = option("Sampling temperature of the policy; 0 is greedy.", 1.0)
+    top_p: TopP = option("Nucleus sampling of the policy.", 1.0)
+    dtype: str = option("Number format of a local model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
+    chat_template_kwargs: dict[str, Any] = option(
+        "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",
+        {},
+    )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(DataConfig):
+    """A stage that trains through TRL; any field of TRL's configs is an option too."""
+
+    model_name_or_path: str = option("The model to start from: a step, a model directory or a Hub name.", kind="model")
+    chat_template_kwargs: dict[str, Any] = option(
+        "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",
+        {},
+    )
+    max_truncated_share: Share = option(
+        "Refuse to train when more than this share of rows is cut or dropped at max_length.",
+        0.05,
+        kind="guard",
+    )
+    trainer: dict[str, Any] = option("Options for TRL's trainer.", {})
+
+
+@dataclass(kw_only=True)
+class MakeDemoConfig(StageConfig):
+    """Make the demo world: data and an untrained tiny model."""
+
+    num_sft: Count = option("Prompts with a reference answer, for sft and make-targets.", 4000)
+    num_prompts: Count = option("Prompts alone, for gen-pairs.", 1500)
+    num_heldout: Count = option("Prompts for evaluate.", 400)
+
+
+@dataclass(kw_only=True)
+class SftConfig(TrainConfig):
+    """Fine-tune a base model on prompts and reference answers: the initial policy M0."""
+
+    TRAINER: ClassVar[str] = "sft"
+
+
+@dataclass(kw_only=True)
+class MakeTargetsConfig(GenerateConfig):
+    """The policy answers the prompts, a teacher improves its answers: targets for the improver."""
+
+    policy: str = option("The model that answers: M0.", kind="model")
+    teacher: str = option(
+        "Who improves the answers: hf:PATH_OR_NAME (a local model), self (the policy, seeing the reference), "
+        "reference (the reference answer itself), demo or demo:JUNK_SHARE (the demo world's rule).",
+        kind="teacher",
+    )
+    teacher_prompt: str = option("Text file with the teacher's instructions.", "teacher", kind="prompt")
+    teacher_max_new_tokens: Count = option("Longest target, in tokens.", 1024)
+    teacher_temperature: Temperature = option("Sampling temperature of the teacher; 0 is greedy.", 0.0)
+
+
+@dataclass(kw_only=True)
+class FilterPplConfig(DataConfig):
+    """Drop targets that the policy finds implausible."""
+
+    policy: str = option("The model whose perplexity decides: M0.", kind="model")
+    method: Literal["mad", "quantile", "max", "gap"] = option(
+        "mad: log-perplexity above median + k robust deviations; quantile: the worst share; max: a fixed "
+        "perplexity; gap: log-perplexity too far above that of the policy's own answer.",
+        "mad",
+    )
+    k: Annotated[float, Gt(0)] = option("For mad: how many robust deviations (1.4826 MAD) above the median.", 5.0)
+    quantile: Share = option("For quantile: the share of rows to keep.", 0.9)
+    max_ppl: Annotated[float, Gt(0)] = option("For max: the highest perplexity to keep.", 100.0)
+    max_gap: float = option("For gap: the largest difference of log-perplexities to keep.", 2.0)
+    batch_size: Count = option("Rows per batch.", 64)
+    dtype: str = option("Number format of the model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
+    chat_template_kwargs: dict[str, Any] = option("Settings for the chat template.", {})
+
+
+@dataclass(kw_only=True)
+class TrainImproverConfig(TrainConfig):
+    """Teach the policy to improve its own answers, and to answer as before: the unified model M*."""
+
+    TRAINER: ClassVar[str] = "sft"
+
+    replay_ratio: Annotated[float, Ge(0)] = option("Rows prompt -> reference mixed in, per improver row.", 1.0)
+    improver_prompt: str = option("Text file that asks for an improvement.", "improver", kind="prompt")
+
+
+@dataclass(kw_only=True)
+class GenPairsConfig(GenerateConfig):
+    """The model answers each prompt and improves its answer: chosen is the improvement."""
+
+    policy: str = option("The model in both roles: M*.", kind="model")
+    pairing: str = option("Which two texts make a pair: sgpo (improvement over answer).", "sgpo")
+    improver_temperature: Temperature = option("Sampling temperature of the improver; 0 is greedy.", 0.0)
+    improver_top_p: TopP = option("Nucleus sampling of the improver.", 1.0)
+    improver_prompt: str | None = option(
+        "Text file that asks for an improvement; must be the one the model was trained with.",
+        None,
+        kind="prompt",
+    )
+    max_length_ratio: Annotated[float, Ge(1)] = option(
+        "Drop pairs whose texts differ in length by more than this factor.", 3.0
+    )
+
+
+@dataclass(kw_only=True)
+class DpoConfig(TrainConfig):
+    """Train the model to prefer its improvements; the reference is the frozen start model."""
+
+    TRAINER: ClassVar[str] = "dpo"
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(GenerateConfig):
+    """Models answer held-out prompts, as policy and as improver; a judge scores the answers."""
+
+    models: list[str] = option("The models to compare.", kind="model")
+    judge: str = option("Who scores: demo (the demo world's rule).", "demo")
+    improver_prompt: str | None = option(
+        "Text file that asks for an improvement; default: the one a model was trained with.",
+        None,
+        kind="prompt",
+    )
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "make-demo": MakeDemoConfig,
+    "sft": SftConfig,
+    "make-targets": MakeTargetsConfig,
+    "filter-ppl": FilterPplConfig,
+    "train-improver": TrainImproverConfig,
+    "gen-pairs": GenPairsConfig,
+    "dpo": DpoConfig,
+    "evaluate": EvaluateConfig,
+}
+"""The subcommands; the module of a stage is `sgpo_cli.stages.<name with underscores>`."""
+
+
+def own_options(config: type[StageConfig]) -> dict[str, Any]:
+    """The fields of a stage's config that are flags, by name."""
+    return {entry.name: entry for entry in fields(config) if entry.name != TRAINER_KEY}

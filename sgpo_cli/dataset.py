@@ -1,0 +1,80 @@
+"""The rows of a stage's `dataset` option, read strictly; rows that were set aside stay accounted for."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sgpo_cli.artifacts import Outcome
+from sgpo_cli.configs import DataConfig
+from sgpo_cli.control_tokens import added_tokens, control_tokens
+from sgpo_cli.errors import UsageError
+from sgpo_cli.rows import Columns, Rows, read_rows
+
+logger = logging.getLogger(__name__)
+SHOWN = 20
+
+
+def read_dataset(config: DataConfig, needs: Sequence[str], model: str) -> Rows:
+    """The rows with the columns that a stage needs.
+
+    Args:
+        needs: canonical column names, see `rows.read_rows`.
+        model: the model that will read the rows; its control tokens must not occur in them.
+
+    Raises:
+        UsageError: naming file, row and column of what is wrong.
+        IncompleteError: more bad rows than `max_reject_share`, with `on_bad_row: reject`.
+    """
+    columns = Columns(
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+        messages=config.messages_column,
+        id=config.id_column,
+    )
+    rows = read_rows(
+        config.dataset,
+        needs,
+        columns=columns,
+        max_rows=config.max_rows,
+        on_bad_row=config.on_bad_row,
+        max_reject_share=config.max_reject_share,
+        split=config.split,
+    )
+    for note in rows.notes:
+        logger.info("%s: %s", config.dataset, note)
+    _refuse_control_tokens(rows, needs, forbidden_tokens(config, model))
+    return rows
+
+
+def forbidden_tokens(config: DataConfig, model: str) -> list[str]:
+    """The control tokens of a model that must not occur in text; none with `control_tokens: keep`."""
+    if config.control_tokens == "keep":
+        return []
+    directory = Path(model)
+    if not directory.exists():
+        from huggingface_hub import hf_hub_download
+
+        directory = Path(hf_hub_download(model, "tokenizer.json")).parent
+    return added_tokens(directory)
+
+
+def _refuse_control_tokens(rows: Rows, needs: Sequence[str], tokens: Sequence[str]) -> None:
+    bad = control_tokens(rows, needs, tokens)
+    if bad:
+        more = f"\nand {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise UsageError(
+            "\n".join(map(str, bad[:SHOWN])) + more,
+            "remove it from the text, or pass --control-tokens keep to let it steer the model",
+        )
+
+
+def set_aside(rows: Rows) -> Iterator[Outcome]:
+    """The outcomes of the rows that the reader rejected."""
+    for bad in rows.rejected:
+        yield {"where": bad.where, "column": bad.column, "message": bad.message}, bad.reason
+
+
+def count_set_aside(rows: Rows) -> Counter[str]:
+    """How many rows the reader rejected, by reason."""
+    return Counter(bad.reason for bad in rows.rejected)

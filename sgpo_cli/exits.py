@@ -1,0 +1,71 @@
+"""From exceptions to what a person reads and what a script gets as exit code."""
+
+import errno
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from sgpo_cli.errors import ResourceError, SgpoError
+
+RESOURCE_ERRNOS = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EIO: "disk error"}
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP: leave as after Ctrl-C, with every finished batch kept."""
+
+    def __init__(self, signum: int) -> None:
+        self.exit_code = 128 + signum
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated(signum)
+
+
+@contextmanager
+def mapped(*, debug: bool) -> Iterator[None]:
+    """Run the block; print an error in two lines and exit with its code (the README has the table)."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _terminate)
+    try:
+        yield
+    except SgpoError as error:
+        _leave(error, debug)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        _exit(130)
+    except _Terminated as stop:
+        print("terminated; run the same command again to continue", file=sys.stderr)
+        _exit(stop.exit_code)
+    except MemoryError:
+        _leave(ResourceError("out of memory", "lower --batch-size or --max-new-tokens"), debug)
+    except OSError as error:
+        if error.errno not in RESOURCE_ERRNOS:
+            raise
+        where = f" writing {error.filename}" if error.filename else ""
+        _leave(
+            ResourceError(f"{RESOURCE_ERRNOS[error.errno]}{where}", "free some, then run the same command again"),
+            debug,
+        )
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        _leave(ResourceError(f"out of memory: {first}", "lower the batch size or the length"), debug)
+
+
+def _leave(error: SgpoError, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    _exit(error.exit_code)
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(code)

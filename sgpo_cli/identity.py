@@ -1,0 +1,102 @@
+"""What a step's request is made of: its options as they act, and the digests of what it reads."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sgpo_cli import artifacts, prompts
+from sgpo_cli.configs import StageConfig, own_options
+from sgpo_cli.errors import UsageError
+
+HUB_SECONDS = 5.0
+
+
+def request_of(stage: str, config: StageConfig) -> artifacts.Request:
+    """The request of `stage` with `config`; reads its inputs, writes nothing.
+
+    Raises:
+        UsageError: an input does not exist or is a step that has not finished.
+    """
+    values: dict[str, Any] = dict(getattr(config, "trainer", {}))
+    for name, field in own_options(type(config)).items():
+        kind, value = field.metadata["kind"], getattr(config, name)
+        if kind == "prompt" and value is not None:
+            values[name] = prompts.load(value)
+        elif kind in ("value", "prompt", "teacher"):
+            values[name] = value
+    inputs = {name: _digest(source, kind) for name, source, kind in sources(config)}
+    return artifacts.Request(stage, type(config).VERSION, values, inputs)
+
+
+def sources(config: StageConfig) -> Iterator[tuple[str, str, str]]:
+    """What a step reads: (option, source, "data" or "model")."""
+    for name, field in own_options(type(config)).items():
+        kind, value = field.metadata["kind"], getattr(config, name)
+        if kind == "teacher" and value.startswith("hf:"):
+            yield name, value.removeprefix("hf:"), "model"
+        elif kind in ("data", "model") and isinstance(value, list):
+            yield from ((f"{name}.{number}", source, kind) for number, source in enumerate(value))
+        elif kind in ("data", "model"):
+            yield name, value, kind
+
+
+def check_inputs(config: StageConfig) -> None:
+    """Verify the steps that this one reads against their manifests, before anything parses them.
+
+    Raises:
+        IntegrityError: a file changed after its step had finished.
+        UsageError: a model's directory holds no model.
+    """
+    for _, source, kind in sources(config):
+        step = artifacts.step_of(Path(source))
+        if step is not None:
+            artifacts.verify(step, under=Path(source))
+        if kind == "model" and Path(source).exists():
+            _refuse_other_than_model(Path(source))
+
+
+def _refuse_other_than_model(path: Path) -> None:
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(
+            f"{path}: not a model, it has no config.json",
+            "name the directory that holds config.json and the weights",
+        )
+
+
+def _digest(source: str, kind: str) -> str:
+    if Path(source).exists() or not looks_like_hub_name(source):
+        return artifacts.digest(source)
+    return f"hub:{source}@{hub_commit(source, kind)}"
+
+
+def looks_like_hub_name(source: str) -> bool:
+    """`org/name`, and not a path: no suffix of a data file, no leading dot, slash or tilde."""
+    parts = source.split("/")
+    data_file = Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet", ".yaml")
+    return len(parts) <= 2 and all(parts) and not source.startswith((".", "~")) and not data_file
+
+
+def hub_commit(name: str, kind: str) -> str:
+    """The commit that `name` has on the Hub now, or in the local cache when the Hub is out of reach.
+
+    Raises:
+        UsageError: neither knows it.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo_type = "model" if kind == "model" else "dataset"
+    try:
+        info = HfApi().repo_info(name, repo_type=repo_type, timeout=HUB_SECONDS)
+        return str(info.sha)
+    except Exception as error:  # the client raises a dozen kinds; each means the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type) / "refs" / "main"
+    if cached.exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        return cached.read_text().strip()
+    raise UsageError(
+        f"{name}: no such file or directory, and no {repo_type} of that name in the cache or on the Hub ({reason})",
+        "check the path; for the Hub, check the name and the connection",
+    )

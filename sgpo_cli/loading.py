@@ -1,0 +1,75 @@
+"""Loads tokenizers and models for inference, the same way for every part that needs one."""
+
+import json
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sgpo_cli.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or Hub name, with a chat template and a pad token.
+
+    Raises:
+        UsageError: it cannot be loaded, or has no chat template or no token to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{model}: no tokenizer that transformers can load ({_first_line(error)})") from None
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            f"{model}: its tokenizer has no chat template",
+            "save one as chat_template.jinja beside the tokenizer, or for training pass --chat-template-path",
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"{model}: its tokenizer has neither a pad token nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model for inference, on the accelerator if there is one; adapters are followed.
+
+    Only safetensors weights are read and no code from a repository is run.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UsageError(f"{model}: no model that transformers can load ({_first_line(error)})") from None
+    loaded.config.use_cache = True  # trainers save it as false, and generation would recompute every prefix
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.debug("%s: %s on %s, %s attention", model, loaded.dtype, device, loaded.config._attn_implementation)
+    return loaded.to(device).eval()
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a turn: the generation config's and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    tokens = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool, **kwargs: Any
+) -> list[int]:
+    """Token ids of a conversation; `prompt` adds the header that asks for the assistant's turn."""
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=prompt, return_dict=False, **kwargs
+    )
+    return ids

@@ -1,0 +1,24 @@
+"""dpo: the model learns to prefer its improvements; the reference is the frozen start model. The result is M1."""
+
+from collections import Counter
+from pathlib import Path
+
+from sgpo_cli.artifacts import Step, read_manifest
+from sgpo_cli.configs import DpoConfig
+from sgpo_cli.dataset import count_set_aside, read_dataset
+
+
+def run(config: DpoConfig, step: Step) -> None:
+    rows = read_dataset(config, ("prompt", "chosen", "rejected"), config.model_name_or_path)
+    from sgpo_cli import training  # imports TRL; bad rows are refused before
+
+    pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    start = read_manifest(Path(config.model_name_or_path)) or {}
+    facts = {"improver_prompt": start["improver_prompt"]} if "improver_prompt" in start else {}
+    different = [pair for pair in pairs if _text(pair["chosen"]) != _text(pair["rejected"])]
+    rejected = count_set_aside(rows) + Counter(identical=len(pairs) - len(different))
+    training.train(config, step, different, rejected, facts)
+
+
+def _text(messages: list[dict[str, str]]) -> str:
+    return messages[0]["content"].strip()

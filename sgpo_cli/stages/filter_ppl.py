@@ -1,0 +1,80 @@
+"""filter-ppl: drop targets that the policy finds implausible; every kept row carries its score."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+from sgpo_cli.artifacts import DATA_FILES, Step
+from sgpo_cli.batches import BatchResult, Row, run_batches
+from sgpo_cli.configs import FilterPplConfig
+from sgpo_cli.dataset import read_dataset, set_aside
+
+MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation is this many median absolute deviations
+LEAST_SIGMA = 0.01  # nats; when more than half of the targets are alike, their MAD is 0
+
+
+def run(config: FilterPplConfig, step: Step) -> None:
+    gap = config.method == "gap"
+    rows = read_dataset(config, ("prompt", "target", *(["response"] if gap else [])), config.policy)
+    from sgpo_cli.scoring import Scorer  # imports torch; bad rows are refused before
+
+    scorer = Scorer(config.policy, config.dtype, config.chat_template_kwargs)
+
+    def work(batch: list[Row], seed: int) -> BatchResult:
+        prompts = [row["prompt"] for row in batch]
+        columns = {"target": "log_ppl"} | ({"response": "response_log_ppl"} if gap else {})
+        scored: list[Row] = [dict(row) for row in batch]
+        for text, column in columns.items():
+            scores = scorer.score(prompts, [row[text] for row in batch])
+            for row, score in zip(scored, scores, strict=True):
+                row[column] = round(score.log_ppl, 6) if math.isfinite(score.log_ppl) else None
+                row[f"{text}_tokens"] = score.tokens
+        return BatchResult([(row, None) for row in scored])
+
+    with step:
+        outcomes, _ = run_batches(step, rows, config.batch_size, config.seed, work)
+        scored = [row for row, _ in outcomes]
+        values = [row["log_ppl"] for row in scored if row["log_ppl"] is not None]
+        too_high, threshold = rule(config, values)
+        decided = ((row, _reason(row, too_high)) for row in scored)
+        counts = step.write_rows(chain(set_aside(rows), decided))
+        median = round(statistics.median(values), 6) if values else None
+        step.finish(DATA_FILES, {**counts, "log_ppl_median": median, "log_ppl_threshold": threshold})
+
+
+def rule(config: FilterPplConfig, values: Iterable[float]) -> tuple[Callable[[Row], bool], float]:
+    """Which rows are implausible, and the threshold that says so.
+
+    Args:
+        values: the log-perplexities of all targets.
+
+    Returns:
+        a test of a scored row, and its threshold: a log-perplexity, for `gap` a difference of two.
+    """
+    values = sorted(values)
+    if config.method == "gap":
+        return lambda row: row["log_ppl"] - row["response_log_ppl"] > config.max_gap, config.max_gap
+    if config.method == "max":
+        threshold = math.log(config.max_ppl)
+    elif not values:
+        threshold = 0.0
+    elif config.method == "quantile":
+        threshold = values[min(math.ceil(config.quantile * len(values)), len(values)) - 1]
+    else:
+        threshold = mad_threshold(values, config.k)
+    return lambda row: row["log_ppl"] > threshold, round(threshold, 6)
+
+
+def mad_threshold(values: Iterable[float], k: float) -> float:
+    """Median plus k robust standard deviations: junk moves neither until it is half of the data."""
+    values = list(values)
+    median = statistics.median(values)
+    sigma = MAD_TO_SIGMA * statistics.median(abs(value - median) for value in values)
+    return median + k * max(sigma, LEAST_SIGMA)
+
+
+def _reason(row: Row, too_high: Callable[[Row], bool]) -> str | None:
+    if row["log_ppl"] is None or row.get("response_log_ppl", 0.0) is None:
+        return "ppl_not_finite"
+    return "implausible" if too_high(row) else None

@@ -1,0 +1,36 @@
+"""make-demo: the embedded world, made on the spot: data, and a tiny model that has learned nothing yet."""
+
+import shutil
+from typing import Any
+
+from sgpo_cli import prompts
+from sgpo_cli.artifacts import Step, write_lines
+from sgpo_cli.batches import Row
+from sgpo_cli.configs import MakeDemoConfig
+
+
+def corpus(splits: dict[str, list[Row]]) -> list[str]:
+    """The texts that the tokenizer is made from: all messages, and the improver's request as often."""
+    texts = [
+        turn["content"] for rows in splits.values() for row in rows for turn in (*row["prompt"], *row.get("completion", []))
+    ]
+    return texts + [prompts.load("improver")] * len(texts)
+
+
+def run(config: MakeDemoConfig, step: Step) -> None:
+    """Write `sft/`, `prompts/` and `heldout/` (rows) and `base/` (model and tokenizer)."""
+    from sgpo_cli.demo import model, world
+
+    sizes = {"sft": config.num_sft, "prompts": config.num_prompts, "heldout": config.num_heldout}
+    splits = world.make_splits(config.seed, sizes)
+    with step:
+        for name, rows in splits.items():
+            (step.directory / name).mkdir(exist_ok=True)
+            write_lines(step.directory / name / "train.jsonl", rows)
+        base = step.directory / "base"
+        shutil.rmtree(base, ignore_errors=True)
+        model.build_base(base, corpus(splits), config.seed)
+        made = [path for name in (*splits, "base") for path in (step.directory / name).iterdir()]
+        rows_out = sum(map(len, splits.values()))
+        counts: dict[str, Any] = {"rows_in": rows_out, "rows_out": rows_out, "rejected": {}}
+        step.finish([str(path.relative_to(step.directory)) for path in made if path.is_file()], counts)

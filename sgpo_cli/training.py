@@ -1,0 +1,192 @@
+"""Runs a TRL trainer as a step: arguments, checks, resume, and a model that appears only when complete.
+
+TRL's options are handed to TRL as they are. What is set here is set because the installed versions are
+silently wrong or unusable otherwise; each line says why.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    ModelConfig,
+    SFTConfig,
+    SFTTrainer,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from sgpo_cli import checkpoints, checks
+from sgpo_cli.artifacts import Step
+from sgpo_cli.configs import TrainConfig
+from sgpo_cli.errors import UsageError
+from sgpo_cli.loading import load_tokenizer, template_ids
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+LOG = "training_log.json"
+TRAINERS: dict[str, tuple[type[SFTConfig | DPOConfig], type[SFTTrainer | DPOTrainer]]] = {
+    "sft": (SFTConfig, SFTTrainer),
+    "dpo": (DPOConfig, DPOTrainer),
+}
+
+
+def arguments(config: TrainConfig, output_dir: Path) -> tuple[SFTConfig | DPOConfig, ModelConfig]:
+    """TRL's two configs from the step's options.
+
+    Raises:
+        UsageError: TRL refuses a value or a combination of values.
+    """
+    config_class, _ = TRAINERS[config.TRAINER]
+    model_names = {field.name for field in dataclasses.fields(ModelConfig)}
+    model_options = {name: value for name, value in config.trainer.items() if name in model_names}
+    options = {name: value for name, value in config.trainer.items() if name not in model_names}
+    on_cpu = not torch.cuda.is_available()
+    defaults = {
+        "use_cpu": on_cpu,  # TRL's bf16 default is refused on a machine without a GPU unless this is set
+        "activation_checkpointing": not on_cpu,  # the old name, gradient_checkpointing, warns at every start
+        "logging_first_step": True,  # the first loss proves the reference model
+        "disable_tqdm": True,  # `LogProgress` speaks instead
+    }
+    if "gradient_checkpointing" in options:
+        options.setdefault("activation_checkpointing", options.pop("gradient_checkpointing"))
+    fixed = {
+        "output_dir": str(output_dir),
+        "seed": config.seed,
+        "logging_nan_inf_filter": False,  # on, a NaN loss is logged as 0.0
+    }
+    try:
+        return (
+            config_class(**(defaults | options | fixed)),
+            ModelConfig(model_name_or_path=config.model_name_or_path, **model_options),
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"TRL refuses these options: {error}") from None
+
+
+def train(
+    config: TrainConfig,
+    step: Step,
+    rows: Sequence[Row],
+    rejected: Mapping[str, int],
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Train on `rows` and finish the step.
+
+    Args:
+        rows: prompt and completion (SFT) or prompt, chosen and rejected (DPO), each a list of messages.
+            Only these columns reach TRL: others, such as `text` or `labels`, would change what it does.
+        rejected: rows that the stage has dropped before, by reason.
+        facts: more for the manifest.
+
+    Raises:
+        UsageError: options or data that cannot be trained on.
+        DivergedError: the loss is not finite, or the reference is not the start model.
+    """
+    args, model_args = arguments(config, step.directory)
+    tokenizer = _tokenizer(config)
+    lengths = checks.check_lengths(
+        [_lengths(tokenizer, row, config.chat_template_kwargs) for row in rows],
+        args.max_length,
+        config.max_truncated_share,
+    )
+    with step:
+        trainer, reference = _build(config, args, model_args, tokenizer, rows, step)
+        checks.show_examples(tokenizer, trainer.train_dataset)
+        checkpoint = checkpoints.newest_whole(step.directory)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        outputs = _save(trainer, step)
+        dropped = Counter(rejected) + Counter(too_long=lengths.dropped)
+        counts = {
+            "rows_in": len(rows) + sum(rejected.values()),
+            "rows_out": len(rows) - lengths.dropped,
+            "rejected": dict(sorted(dropped.items())),
+        }
+        training = {
+            "steps": trainer.state.global_step,
+            "rows_cut": lengths.cut,
+            "loss": round(result.training_loss, 6),
+            "tokens": int(trainer.state.num_input_tokens_seen or 0),
+        }
+        if reference is not None:
+            training["first_loss"] = reference.first_loss
+        step.finish(outputs, {**counts, "training": training, **(facts or {})})
+        trainer.end()
+
+
+def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    if "chat_template_path" in config.trainer:  # TRL gives the tokenizer its template
+        return AutoTokenizer.from_pretrained(config.model_name_or_path, trust_remote_code=False)
+    return load_tokenizer(config.model_name_or_path)
+
+
+def _build(
+    config: TrainConfig,
+    args: SFTConfig | DPOConfig,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    step: Step,
+) -> tuple[SFTTrainer | DPOTrainer, checks.CheckReference | None]:
+    """The trainer with its callbacks, and the check of the reference model if there is one."""
+    args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "use_safetensors": True,
+        **(args.model_init_kwargs or {}),
+    }
+    reference = checks.CheckReference(args.loss_type) if isinstance(args, DPOConfig) else None
+    callbacks = [
+        checks.StopOnNan(),
+        checks.LogProgress(step.request.stage),
+        checkpoints.SealCheckpoints(),
+        *([reference] if reference else []),
+    ]
+    extra = {"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}
+    _, trainer_class = TRAINERS[config.TRAINER]
+    trainer = trainer_class(
+        model=config.model_name_or_path,
+        args=args,
+        train_dataset=Dataset.from_list([{**row, **extra} for row in rows]),
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `LogProgress` speaks instead
+    return trainer, reference
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, row: Row, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(tokens of the prompt, tokens of the longest prompt + answer)."""
+    answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    prompt = template_ids(tokenizer, row["prompt"], prompt=True, **kwargs)
+    totals = [len(template_ids(tokenizer, row["prompt"] + answer, prompt=False, **kwargs)) for answer in answers]
+    return len(prompt), max(totals)
+
+
+def _save(trainer: SFTTrainer | DPOTrainer, step: Step) -> list[str]:
+    """Write the model beside the rest of the step by renaming complete files; returns their names."""
+    temporary = step.directory / "model.tmp"
+    trainer.model.config.use_cache = True  # trainers turn it off, and generation from the saved model crawls
+    trainer.save_model(str(temporary))
+    (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place in a published model
+    shutil.rmtree(temporary / "ref", ignore_errors=True)  # TRL's frozen copy of an adapter
+    (temporary / LOG).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+    names = sorted(path.name for path in temporary.iterdir())
+    for name in names:
+        (temporary / name).replace(step.directory / name)
+    temporary.rmdir()
+    return names

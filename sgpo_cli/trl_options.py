@@ -1,0 +1,114 @@
+"""The names, types and help texts of TRL's options, read from its source without importing it.
+
+Importing TRL takes seconds; a typing error in a recipe should not. Nothing about an option is repeated
+here: the installed version's dataclasses are the list.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from pydantic import TypeAdapter, ValidationError
+
+from sgpo_cli.errors import UsageError
+
+_TRAINING = ("transformers", "training_args.py", "TrainingArguments")
+_BASE = ("trl", "trainer/base_config.py", "_BaseConfig")
+_MODEL = ("trl", "trainer/model_config.py", "ModelConfig")
+SOURCES = {
+    "sft": (_TRAINING, _BASE, ("trl", "trainer/sft_config.py", "SFTConfig"), _MODEL),
+    "dpo": (_TRAINING, _BASE, ("trl", "trainer/dpo_config.py", "DPOConfig"), _MODEL),
+}
+OURS = {"output_dir": "--output-dir", "seed": "--seed", "model_name_or_path": "--model-name-or-path"}
+
+
+@dataclass(frozen=True)
+class TrlOption:
+    """One field of a TRL config: its annotation as written there, and its help."""
+
+    name: str
+    annotation: str
+    help: str
+
+
+@cache
+def options(trainer: str) -> dict[str, TrlOption]:
+    """All options of the trainer "sft" or "dpo", by name."""
+    found: dict[str, TrlOption] = {}
+    for package, file, class_name in SOURCES[trainer]:
+        found |= _fields(package, file, class_name)
+    return {name: option for name, option in found.items() if name not in OURS and not name.startswith("_")}
+
+
+@cache
+def _fields(package: str, file: str, class_name: str) -> dict[str, TrlOption]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"the package {package} is not installed", "pip install sgpo")
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return {
+        node.target.id: TrlOption(node.target.id, ast.unparse(node.annotation), _help(node.value))
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def _help(value: ast.expr | None) -> str:
+    for node in ast.walk(value) if value is not None else ():
+        if isinstance(node, ast.Dict):
+            for key, text in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "help" and isinstance(text, ast.Constant):
+                    return str(text.value)
+    return ""
+
+
+def check(trainer: str, values: Mapping[str, Any], where: str, ours: Iterable[str] = ()) -> dict[str, Any]:
+    """The values with their types put right ("1e-4" from a command line becomes a number).
+
+    Args:
+        where: what to name in an error.
+        ours: names that are known elsewhere, for suggestions.
+
+    Raises:
+        UsageError: an unknown name (with a suggestion) or a value of the wrong type.
+    """
+    known = options(trainer)
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(f"{where}: unknown option '{name}'{did_you_mean(name, {*known, *ours})}")
+        checked[name] = _convert(known[name], value, where)
+    return checked
+
+
+def _convert(option: TrlOption, value: Any, where: str) -> Any:
+    try:
+        # The annotation comes from the installed package's source, not from a user.
+        expected = eval(option.annotation, {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union})
+    except NameError:
+        return value  # an enum of transformers; the trainer checks it
+    structured = "dict" in option.annotation or "list" in option.annotation
+    if structured and isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"{where}: option '{option.name}': not valid JSON ({error})") from None
+    elif isinstance(value, str) and option.annotation.startswith("list["):
+        value = [value]
+    try:
+        return TypeAdapter(expected).validate_python(value)
+    except ValidationError:
+        raise UsageError(f"{where}: option '{option.name}': expected {option.annotation}, got {value!r}") from None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,68 @@
+"""Shared pieces: a run directory with echo steps (no model), and the command line as a real process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+Sgpo = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def sgpo(tmp_path: Path) -> Sgpo:
+    """Runs `sgpo ...` as a process of its own in the test's directory."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sgpo_cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """A directory with prompts, references and something that passes for a model where none is loaded."""
+    prompts = [{"id": f"p{n}", "prompt": f"Tell me of thing number {n}, please."} for n in range(60)]
+    write_lines(tmp_path / "prompts.jsonl", prompts)
+    write_lines(tmp_path / "sft.jsonl", [{**row, "completion": f"Of {row['id']}: all is well."} for row in prompts])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+ECHO_RECIPE = """\
+run_dir: runs/echo
+steps:
+  targets:
+    {stage: make-targets, policy: model, dataset: sft.jsonl, teacher: reference, engine: echo, batch_size: 4}
+  pairs: {stage: gen-pairs, policy: model, dataset: prompts.jsonl, engine: echo, batch_size: 4}
+"""
+
+
+@pytest.fixture
+def echo_recipe(world: Path) -> Path:
+    """A recipe of two steps that need no model."""
+    path = world / "echo.yaml"
+    path.write_text(ECHO_RECIPE)
+    return path
