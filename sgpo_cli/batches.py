@@ -6,7 +6,6 @@ killed equal to those of one that was not.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -59,8 +58,9 @@ def run_batches(
                     raise AssertionError(f"batch {number}: {len(batch)} rows in, {len(result.outcomes)} out")
                 journal.append(number, {"rows": result.outcomes, "stats": result.stats})
                 progress.advance(len(batch), int(result.stats.get("completion_tokens", 0)))
-        stats: Counter[str] = Counter()
+        stats: dict[str, float] = {}
         for record in journal:
-            stats.update(record["stats"])
+            for name, value in record["stats"].items():
+                stats[name] = stats.get(name, 0) + value
     rounded = {name: round(value, 3) for name, value in stats.items()}
     return ((row, reason) for record in journal for row, reason in record["rows"]), rounded

@@ -116,7 +116,7 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
     signature = inspect.Signature([*common[:1], *own, *(p.replace(kind=p.KEYWORD_ONLY) for p in common[1:])])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
-    command.__doc__ = inspect.getdoc(config)
+    command.__doc__ = inspect.getdoc(config) or ""
     if config.TRAINER:
         name = {"sft": "SFTConfig", "dpo": "DPOConfig"}[config.TRAINER]
         command.__doc__ += (

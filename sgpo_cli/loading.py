@@ -51,7 +51,8 @@ def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
     loaded.config.use_cache = True  # trainers save it as false, and generation would recompute every prefix
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logger.debug("%s: %s on %s, %s attention", model, loaded.dtype, device, loaded.config._attn_implementation)
-    return loaded.to(device).eval()
+    loaded.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
+    return loaded.eval()  # type: ignore[no-any-return]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -69,7 +70,6 @@ def template_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool, **kwargs: Any
 ) -> list[int]:
     """Token ids of a conversation; `prompt` adds the header that asks for the assistant's turn."""
-    ids: list[int] = tokenizer.apply_chat_template(
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]  # the type depends on the arguments
         messages, tokenize=True, add_generation_prompt=prompt, return_dict=False, **kwargs
     )
-    return ids

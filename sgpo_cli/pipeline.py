@@ -94,9 +94,9 @@ def run(path: Path, *, from_step: str | None, fresh: bool, flags: list[str]) -> 
         StaleError: a step's options changed and `fresh` is not given.
         SystemExit: a step failed; the code is the step's.
     """
-    names = [step.spec.name for step in plan(path)]
     if from_step is not None:
         recipe.read(path).step(from_step)
+    names = [step.spec.name for step in plan(path)]
     redo = set(names[names.index(from_step) :]) if from_step else set()
     for name in names:
         # Planned anew: the step before may just have been made, and its manifest is part of the request.

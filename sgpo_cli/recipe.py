@@ -65,8 +65,6 @@ class Recipe:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars; duplicate keys are errors."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key, _ in node.value:
@@ -77,7 +75,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > 40:
-            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -90,6 +89,7 @@ _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "merge": (r"<<", "<"),
 }
+_Loader.yaml_implicit_resolvers = {}  # not those of YAML 1.1, which the class inherits
 for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 

@@ -59,7 +59,7 @@ class Schema:
         elif isinstance(value, str):
             prompt = [{"role": "user", "content": _text(column, value, "empty_prompt")}]
         else:
-            prompt = _ending_with_user(column, _messages(column, value))
+            prompt = _ending_with_user(column, _messages(column, value, "text or a list of messages"))
         parts: dict[str, Any] = {"prompt": prompt}
         forms = {"prompt": (column, _form(value))}
         for name in (need for need in NEEDS if need in self.needs and need != "prompt"):
@@ -79,7 +79,7 @@ class Schema:
         given = raw.get(column)
         if given is None and self.columns.id:
             _present(raw, column)
-        forms["id"] = (column, "missing" if given is None else "an id")
+        forms["id"] = (column, "no id" if given is None else "an id")
         used = {column, *(source for source, _ in forms.values()), *parts}
         rest = {name: value for name, value in raw.items() if name not in used and name != "id"}
         return Parsed(parts | rest, None if given is None else _identity(column, given), forms)
@@ -124,13 +124,17 @@ def _present(raw: dict[str, Any], column: str) -> Any:
     return raw[column]
 
 
+def _kind(value: object) -> str:
+    return "null" if value is None else f"{type(value).__name__} ({shown(value)})"
+
+
 def _form(value: object) -> str:
     return "text" if isinstance(value, str) else "a list of messages"
 
 
 def _text(column: str, value: object, reason_if_empty: str) -> str:
     if not isinstance(value, str):
-        raise Fault("wrong_type", f"expected text, got {type(value).__name__} ({shown(value)})", column)
+        raise Fault("wrong_type", f"expected text, got {_kind(value)}", column)
     if blank(value):
         raise Fault(reason_if_empty, f"the text is empty ({shown(value)})", column)
     if found := FORBIDDEN.search(value):
@@ -162,10 +166,10 @@ def _ending_with_user(column: str, turns: list[Message]) -> list[Message]:
     raise Fault("bad_turns", f"the prompt must end with a user turn, it ends with {last}", column)
 
 
-def _messages(column: str, value: object) -> list[Message]:
+def _messages(column: str, value: object, expected: str = "a list of messages") -> list[Message]:
     """Messages that a chat template can render: an optional system turn, then user and assistant in turn."""
     if not isinstance(value, list):
-        raise Fault("wrong_type", f"expected messages, got {type(value).__name__} ({shown(value)})", column)
+        raise Fault("wrong_type", f"expected {expected}, got {_kind(value)}", column)
     if not value:
         raise Fault("empty_prompt", "the list of messages is empty", column)
     turns = [_message(column, number, item) for number, item in enumerate(value)]
@@ -203,7 +207,7 @@ def _message(column: str, number: int, item: object) -> Message:
 
 def _identity(column: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise Fault("wrong_type", f"expected text or an integer, got {type(value).__name__} ({shown(value)})", column)
+        raise Fault("wrong_type", f"expected text or an integer, got {_kind(value)}", column)
     text = str(value)
     if blank(text) or not text.isprintable():
         raise Fault("bad_id", f"an id needs visible characters, and no others: {shown(text)}", column)

@@ -113,7 +113,7 @@ def train(
             "rows_out": len(rows) - lengths.dropped,
             "rejected": dict(sorted(dropped.items())),
         }
-        training = {
+        training: dict[str, Any] = {
             "steps": trainer.state.global_step,
             "rows_cut": lengths.cut,
             "loss": round(result.training_loss, 6),
@@ -122,7 +122,7 @@ def train(
         if reference is not None:
             training["first_loss"] = reference.first_loss
         step.finish(outputs, {**counts, "training": training, **(facts or {})})
-        trainer.end()
+        trainer.end()  # type: ignore[no-untyped-call]
 
 
 def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
@@ -140,12 +140,13 @@ def _build(
     step: Step,
 ) -> tuple[SFTTrainer | DPOTrainer, checks.CheckReference | None]:
     """The trainer with its callbacks, and the check of the reference model if there is one."""
+    given = args.model_init_kwargs
     args.model_init_kwargs = {
         "dtype": model_args.dtype,
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "use_safetensors": True,
-        **(args.model_init_kwargs or {}),
+        **(given if isinstance(given, dict) else {}),
     }
     reference = checks.CheckReference(args.loss_type) if isinstance(args, DPOConfig) else None
     callbacks = [
@@ -158,7 +159,7 @@ def _build(
     _, trainer_class = TRAINERS[config.TRAINER]
     trainer = trainer_class(
         model=config.model_name_or_path,
-        args=args,
+        args=args,  # type: ignore[arg-type]  # the pair in TRAINERS fits
         train_dataset=Dataset.from_list([{**row, **extra} for row in rows]),
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
@@ -180,7 +181,8 @@ def _lengths(tokenizer: PreTrainedTokenizerBase, row: Row, kwargs: dict[str, Any
 def _save(trainer: SFTTrainer | DPOTrainer, step: Step) -> list[str]:
     """Write the model beside the rest of the step by renaming complete files; returns their names."""
     temporary = step.directory / "model.tmp"
-    trainer.model.config.use_cache = True  # trainers turn it off, and generation from the saved model crawls
+    # Trainers turn the cache off, and generation from a model saved that way crawls.
+    trainer.model.config.use_cache = True  # type: ignore[union-attr]
     trainer.save_model(str(temporary))
     (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place in a published model
     shutil.rmtree(temporary / "ref", ignore_errors=True)  # TRL's frozen copy of an adapter

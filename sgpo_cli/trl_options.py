@@ -8,7 +8,7 @@ import ast
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,16 +48,20 @@ def options(trainer: str) -> dict[str, TrlOption]:
 
 @cache
 def _fields(package: str, file: str, class_name: str) -> dict[str, TrlOption]:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise UsageError(f"the package {package} is not installed", "pip install sgpo")
-    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    tree = ast.parse(_source(package, file))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     return {
         node.target.id: TrlOption(node.target.id, ast.unparse(node.annotation), _help(node.value))
         for node in body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
+
+
+def _source(package: str, file: str) -> str:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"the package {package} is not installed", "pip install sgpo")
+    return (Path(spec.origin).parent / file).read_text(encoding="utf-8")
 
 
 def _help(value: ast.expr | None) -> str:
@@ -85,7 +89,36 @@ def check(trainer: str, values: Mapping[str, Any], where: str, ours: Iterable[st
         if name not in known:
             raise UsageError(f"{where}: unknown option '{name}'{did_you_mean(name, {*known, *ours})}")
         checked[name] = _convert(known[name], value, where)
+    _check_loss(trainer, checked.get("loss_type", ()), where)
     return checked
+
+
+def _check_loss(trainer: str, given: str | Sequence[str], where: str) -> None:
+    """TRL takes any loss name and fails at the first training step."""
+    known = loss_names(trainer)
+    for name in [given] if isinstance(given, str) else given:
+        if name not in known:
+            raise UsageError(
+                f"{where}: option 'loss_type': unknown loss '{name}'{did_you_mean(name, known)}",
+                f"losses: {', '.join(sorted(known))}",
+            )
+
+
+@cache
+def loss_names(trainer: str) -> set[str]:
+    """What the trainer compares its `loss_type` with."""
+    tree = ast.parse(_source("trl", f"trainer/{trainer}_trainer.py"))
+    compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and _is_loss_type(node.left)]
+    return {
+        constant.value
+        for node in compared
+        for constant in ast.walk(node.comparators[0])
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    }
+
+
+def _is_loss_type(node: ast.expr) -> bool:
+    return getattr(node, "id", getattr(node, "attr", "")) == "loss_type"
 
 
 def _convert(option: TrlOption, value: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -92,8 +93,8 @@ BAD_LINES = [
 BAD_CHATS = [
     ("bad_role", chat(("human", "Why?"), ("assistant", "So.")), "message 1: role", "not 'human'"),
     ("bad_role", lines({"messages": [{"content": "x"}]}), "message 1: role", "not None"),
-    ("wrong_type", chat(("user", None), ("assistant", "So.")), "message 1", "got NoneType"),
-    ("wrong_type", lines({"messages": "Why?"}), "expected messages", "got str"),
+    ("wrong_type", chat(("user", None), ("assistant", "So.")), "message 1", "got null"),
+    ("wrong_type", lines({"messages": "Why?"}), "expected a list of messages", "got str"),
     ("bad_messages", lines({"messages": ["Why?"]}), "message 1", "role and content"),
     ("empty_prompt", lines({"messages": []}), "the list", "empty"),
     ("empty_prompt", chat(("user", " "), ("assistant", "So.")), "message 1", "empty"),
@@ -311,6 +312,35 @@ def test_text_comes_back_byte_for_byte(texts: list[str], tmp_path_factory: pytes
         content = "".join(json.dumps({"prompt": text}, ensure_ascii=ascii_only) + "\n" for text in good)
         found = read_rows(write(folder, "d.jsonl", content.encode()), ["prompt"])
         assert [row["prompt"][0]["content"] for row in found] == good
+
+
+def test_no_damage_escapes_as_anything_but_our_errors(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    messages = []
+    turns = [{"role": "user", "content": "W\\u00e4\u00e9?"}, {"role": "assistant", "content": 'B,"c"'}]
+    whole = lines({"messages": turns, "x": [1.5, {"y": None}]}) * 3
+    contents = {
+        "d.jsonl": whole,
+        "d.json": b"[" + whole.replace(b"\n", b",\n")[:-2] + b"]",
+        "d.csv": b'prompt,completion\r\n"a ""b""\n",c\r\nd,e\r\n',
+    }
+    for name, content in contents.items():
+        for _ in range(100):
+            damaged = bytearray(content)
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(len(damaged))
+                damaged[at : at + rng.randint(0, 3)] = rng.choice(
+                    [b"", b'"', b"\0", b"\n", b"[", b"\\ud800", b"\xff", b"\r"]
+                )
+            try:
+                for found in read_rows(write(tmp_path, name, bytes(damaged)), PAIR):
+                    json.dumps(found, ensure_ascii=False).encode()
+            except UsageError as error:
+                messages.append((name, str(error)))
+    assert len(messages) > 100
+    for name, message in messages:
+        assert message.startswith(str(tmp_path / name))
+        assert all(line.isprintable() for line in message.splitlines())
 
 
 # --- what a row looks like ---------------------------------------------------------------------------
@@ -541,6 +571,24 @@ def test_a_hub_table_is_read_like_any_other(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [("org/data", "main", "test")]
     with pytest.raises(UsageError, match=r"^org/data:2 column 'completion': expected text, got null"):
         read_rows("org/data", PAIR)
+
+
+def test_a_hub_data_set_becomes_a_table_and_its_errors_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+        if split == "train":
+            return datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}]).map(lambda row: row)
+        raise ValueError(f'Unknown split "{split}".\nShould be one of [...]')
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sources, "_hub_answers", lambda _: False)
+    rows = read_rows("org/data", PAIR)
+    assert (rows[0]["reference"], len(rows)) == ("c", 1)
+    assert "read from the local cache" in rows.notes[0]
+    with pytest.raises(UsageError, match=r'^org/data: the data set cannot be loaded: Unknown split "tset"\.$'):
+        read_rows("org/data", PAIR, split="tset")
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_an_unreachable_hub_is_said_within_seconds(tmp_path: Path) -> None:

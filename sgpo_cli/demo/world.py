@@ -25,13 +25,15 @@ PLACES = (
 SHELVES = tuple(str(number) for number in range(11, 25))
 DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday".split())
 
+# No letter uses a word that begins a sentence of the answer grammar: what an answer already says
+# is then easy to tell from what the letter says.
 LETTERS = (
     "I am {name}. I left my {colour} {item} {place}.",
     "My name is {name} and I lost my {colour} {item} {place}.",
     "Good morning, this is {name}. I miss my {colour} {item} since I was {place}.",
-    "I forgot my {colour} {item} {place}. Please help me! With hope, {name}.",
-    "Has anyone found my {colour} {item}? I had it {place}. Kind regards, {name}.",
-    "Dear office, {place} I lost my {colour} {item}. Your worried {name}.",
+    "I forgot my {colour} {item} {place}. Can you help me? With hope, {name}.",
+    "Has anyone found my {colour} {item}? I had my eyes on a gull {place}. Kind regards, {name}.",
+    "Good people, {place} I lost my {colour} {item}. Many thanks from {name}.",
 )
 REGISTER = {
     True: "[Register: found, shelf {shelf}]",
@@ -68,7 +70,7 @@ PRESENT = {
     "kindness": 0.3,
     "closing": 0.55,
 }
-WRONG = 0.07  # how often the clerk misreads the name, the thing, the register note
+WRONG = 0.05  # how often the clerk misreads the name, the thing, the register note
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sgpo_cli.engines.base import Generation, Message, Sampling
 
@@ -22,5 +22,5 @@ class EchoEngine:
         word = hashlib.sha256(f"{draw}:{' '.join(words)}".encode()).hexdigest()[:6]
         answer = [word, *words[-8:]]
         cut = answer[: sampling.max_new_tokens]
-        reason = "length" if len(cut) < len(answer) else "stop"
+        reason: Literal["stop", "length"] = "length" if len(cut) < len(answer) else "stop"
         return Generation(" ".join(cut), reason, len(words), len(cut))

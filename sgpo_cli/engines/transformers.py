@@ -33,7 +33,7 @@ class TransformersEngine:
         ).to(self._model.device)
         torch.manual_seed(sampling.seed)  # `generate` has no generator argument
         with torch.inference_mode():
-            output = self._model.generate(
+            output = self._model.generate(  # type: ignore[operator]
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 generation_config=self._config(sampling),
@@ -57,6 +57,6 @@ class TransformersEngine:
     def _read(self, ids: list[int], prompt_tokens: int) -> Generation:
         """The text up to the first end token; rows that end early are padded behind it."""
         length = next((place for place, token in enumerate(ids) if token in self._end), len(ids))
-        text = self._tokenizer.decode(ids[:length], skip_special_tokens=True)
+        text = str(self._tokenizer.decode(ids[:length], skip_special_tokens=True))
         ended = length < len(ids)
         return Generation(text, "stop" if ended else "length", prompt_tokens, min(length + 1, len(ids)))

@@ -79,13 +79,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(digits: str) -> int:
     # Long digit strings first: int() itself refuses them, or takes quadratic time.
     if len(digits) > 20 or int(digits) not in INTEGERS:
-        raise Fault("bad_number", f"the integer {shown(digits)[1:-1]} does not fit in 64 bits")
+        raise Fault("bad_number", f"the integer {shown(digits)} does not fit in 64 bits")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise Fault("bad_number", f"the number {shown(digits)[1:-1]} is out of range")
+        raise Fault("bad_number", f"the number {shown(digits)} is out of range")
     return value
 
 

@@ -34,7 +34,7 @@ def run(config: FilterPplConfig, step: Step) -> None:
 
     with step:
         outcomes, _ = run_batches(step, rows, config.batch_size, config.seed, work)
-        scored = [row for row, _ in outcomes]
+        scored = [dict(row) for row, _ in outcomes]
         values = [row["log_ppl"] for row in scored if row["log_ppl"] is not None]
         too_high, threshold = rule(config, values)
         decided = ((row, _reason(row, too_high)) for row in scored)

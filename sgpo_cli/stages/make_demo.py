@@ -12,7 +12,10 @@ from sgpo_cli.configs import MakeDemoConfig
 def corpus(splits: dict[str, list[Row]]) -> list[str]:
     """The texts that the tokenizer is made from: all messages, and the improver's request as often."""
     texts = [
-        turn["content"] for rows in splits.values() for row in rows for turn in (*row["prompt"], *row.get("completion", []))
+        turn["content"]
+        for rows in splits.values()
+        for row in rows
+        for turn in (*row["prompt"], *row.get("completion", []))
     ]
     return texts + [prompts.load("improver")] * len(texts)
 

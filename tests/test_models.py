@@ -1,0 +1,259 @@
+"""Everything that needs torch, on an untrained tiny model of a standard architecture."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import read_lines, write_lines
+
+from sgpo_cli import artifacts, identity, recipe
+from sgpo_cli.errors import DivergedError, IncompleteError, SgpoError, UsageError
+
+pytestmark = pytest.mark.model
+
+WORDS = "the small harbour keeps every lost umbrella and lantern safe until somebody asks for it".split()
+
+
+def sentence(number: int) -> str:
+    return " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(3 + number % 9))
+
+
+def chat(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": sentence(number)}]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sgpo_cli.demo.model import build_base
+
+    directory = tmp_path_factory.mktemp("models") / "base"
+    build_base(directory, [sentence(number) for number in range(50)], seed=1)
+    return directory
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rows = [
+        {
+            "prompt": chat(n),
+            "chosen": sentence(n + 1),
+            "rejected": sentence(n + 3),
+            "text": "not for TRL",
+            "labels": [1],
+        }
+        for n in range(24)
+    ]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    rows = [{"prompt": sentence(n), "completion": sentence(n + 1), "text": "not for TRL"} for n in range(24)]
+    write_lines(tmp_path / "answers.jsonl", rows)
+    return tmp_path / "answers.jsonl"
+
+
+def run_stage(stage: str, output: Path, **options: Any) -> dict[str, Any]:
+    """One stage in this process; returns its manifest."""
+    import importlib
+
+    config = recipe.build_config(stage, {"output_dir": str(output), **options}, "test")
+    step = artifacts.Step(output, identity.request_of(stage, config))
+    identity.check_inputs(config)
+    importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").run(config, step)
+    return artifacts.read_manifest(output) or {}
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+SMALL = {"per_device_train_batch_size": 4, "max_length": 128, "num_train_epochs": 1, "bf16": False}
+
+
+class TestEngine:
+    def test_greedy_batches_equal_single_greedy_generation(self, base: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from sgpo_cli.engines import Sampling, open_engine
+
+        engine = open_engine("transformers", str(base))
+        conversations = [chat(number) for number in range(12)]
+        texts = [made.text for made in engine.generate(conversations, Sampling(16, temperature=0.0))]
+        tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+        for conversation, text in zip(conversations, texts, strict=True):
+            ids = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, return_tensors="pt", return_dict=False
+            )
+            with torch.no_grad():
+                output = model.generate(ids, max_new_tokens=16, do_sample=False)
+            assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def test_the_seed_decides_and_the_checkpoints_generation_config_does_not(self, base: Path, tmp_path: Path) -> None:
+        from sgpo_cli.engines import Sampling, open_engine
+
+        copy = tmp_path / "copy"
+        shutil.copytree(base, copy)
+        config = json.loads((copy / "generation_config.json").read_text())
+        settings = {"do_sample": True, "temperature": 0.01, "top_k": 1, "repetition_penalty": 5.0}
+        (copy / "generation_config.json").write_text(json.dumps(config | settings))
+        conversations = [chat(number) for number in range(4)]
+
+        def texts(model: Path, seed: int) -> list[str]:
+            made = open_engine("transformers", str(model)).generate(conversations, Sampling(16, seed=seed))
+            return [each.text for each in made]
+
+        assert texts(base, 1) == texts(base, 1) == texts(copy, 1)
+        assert texts(base, 1) != texts(base, 2)
+
+    def test_a_text_cut_at_the_limit_says_so(self, base: Path) -> None:
+        from sgpo_cli.engines import Sampling, open_engine
+
+        (made,) = open_engine("transformers", str(base)).generate([chat(1)], Sampling(2, temperature=0.0))
+        assert (made.finish_reason, made.completion_tokens) == ("length", 2)
+
+    def test_unknown_engine_is_a_users_error(self) -> None:
+        from sgpo_cli.engines import open_engine
+
+        with pytest.raises(UsageError, match="no engine 'vlm'"):
+            open_engine("vlm", "x")
+
+
+class TestScoring:
+    def test_scores_equal_a_plain_forward_pass(self, base: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from sgpo_cli.scoring import Scorer
+
+        prompts, completions = [chat(n) for n in range(10)], [sentence(n + 2) for n in range(10)]
+        scores = Scorer(str(base)).score(prompts, completions)
+        alone = [Scorer(str(base)).score([prompts[3]], [completions[3]])[0]]
+        assert alone[0].log_prob == pytest.approx(scores[3].log_prob, abs=1e-5)
+        tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+            asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            full = [*prompt, {"role": "assistant", "content": completion}]
+            ids = tokenizer.apply_chat_template(full, return_dict=False)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0]
+            picked = torch.log_softmax(logits[len(asked) - 1 : -1], -1)
+            expected = picked.gather(1, torch.tensor(ids[len(asked) :])[:, None]).sum().item()
+            assert score.log_prob == pytest.approx(expected, abs=1e-4)
+            assert score.tokens == len(ids) - len(asked)
+            assert tokenizer.eos_token_id in ids[len(asked) :]
+
+
+class TestTraining:
+    def test_first_dpo_loss_is_ln_2(self, base: Path, pairs: Path, tmp_path: Path) -> None:
+        facts = run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **SMALL)
+        assert facts["training"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert (facts["rows_in"], facts["rows_out"]) == (24, 24)
+        assert weights(tmp_path / "m1") != weights(base)
+
+    def test_bfloat16_autocast_has_the_same_first_loss(self, base: Path, pairs: Path, tmp_path: Path) -> None:
+        options = SMALL | {"bf16": True, "max_steps": 1}
+        facts = run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **options)
+        assert facts["training"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+    def test_a_reference_that_is_not_the_start_model_stops_training(self) -> None:
+        from transformers import TrainerControl, TrainerState, TrainingArguments
+
+        from sgpo_cli.checks import CheckReference
+
+        check, state = CheckReference(["sigmoid"]), TrainerState(global_step=1)
+        logs = {"loss": 0.7209, "rewards/chosen": 0.45, "rewards/rejected": 0.5}
+        with pytest.raises(DivergedError, match=r"0\.7209"):
+            check.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), logs)
+
+    def test_nan_stops_with_exit_8_and_no_model(self, base: Path, answers: Path, tmp_path: Path) -> None:
+        options = SMALL | {"learning_rate": 1e30, "logging_steps": 1}
+        with pytest.raises(DivergedError) as stopped:
+            run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options)
+        assert stopped.value.exit_code == 8
+        assert not (tmp_path / "m0" / "model.safetensors").exists()
+        assert not (tmp_path / "m0" / "manifest.json").exists()
+
+    def test_rows_that_do_not_fit_are_refused_before_training(self, base: Path, answers: Path, tmp_path: Path) -> None:
+        options = SMALL | {"max_length": 12}
+        with pytest.raises(UsageError, match=r"max_length 12: \d+ of 24 rows would be cut"):
+            run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options)
+        assert not (tmp_path / "m0").exists()
+
+    def test_identical_pairs_are_dropped_and_counted(self, base: Path, pairs: Path, tmp_path: Path) -> None:
+        rows = read_lines(pairs)
+        rows[5]["rejected"] = rows[5]["chosen"] + " "
+        write_lines(pairs, rows)
+        options = SMALL | {"max_steps": 1}
+        facts = run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **options)
+        assert facts["rejected"] == {"identical": 1}
+        assert (facts["rows_in"], facts["rows_out"]) == (24, 23)
+
+    def test_training_continues_from_the_newest_whole_checkpoint_to_the_same_weights(
+        self, base: Path, answers: Path, tmp_path: Path
+    ) -> None:
+        options = SMALL | {"save_steps": 2, "model_name_or_path": str(base), "dataset": str(answers)}
+        run_stage("sft", tmp_path / "whole", **options)
+        whole = tmp_path / "whole"
+        names = sorted(path.name for path in whole.glob("checkpoint-*"))
+        assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        for damage in ("optimizer.pt", "scheduler.pt", "model.safetensors", "sgpo_seal.json"):
+            again = tmp_path / damage
+            shutil.copytree(whole, again)
+            for done in ("manifest.json", "model.safetensors"):
+                (again / done).unlink()
+            shutil.rmtree(again / "checkpoint-6")
+            half = (again / "checkpoint-4" / damage).read_bytes()
+            (again / "checkpoint-4" / damage).write_bytes(half[: len(half) // 2])
+            run_stage("sft", again, **options)
+            assert weights(again) == weights(whole)
+
+    def test_the_saved_model_is_ready_for_others(self, base: Path, answers: Path, tmp_path: Path) -> None:
+        options = SMALL | {"max_steps": 1}
+        run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options)
+        names = {path.name for path in (tmp_path / "m0").iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+        assert not {"training_args.bin", "ref", "model.tmp"} & names
+        assert json.loads((tmp_path / "m0" / "config.json").read_text())["use_cache"] is True
+        template = "chat_template.jinja"
+        assert (tmp_path / "m0" / template).read_bytes() == (base / template).read_bytes()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"lr_scheduler_type": "cosinus"},
+            {"loss_type": "kto_pair"},
+            {"optim": "adamv"},
+            {"padding_free": "yes please"},
+            {"chat_template_kwargs": 3},
+        ],
+    )
+    def test_what_trl_would_refuse_is_a_users_error(
+        self, base: Path, pairs: Path, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        with pytest.raises(SgpoError) as refused:
+            run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **(SMALL | options))
+        assert refused.value.exit_code == 2
+        assert not (tmp_path / "m1").exists()
+
+
+class TestTeachers:
+    @pytest.mark.parametrize("teacher", ["self", "reference", "hf"])
+    def test_local_teachers_make_targets(self, base: Path, answers: Path, tmp_path: Path, teacher: str) -> None:
+        """An untrained model never ends a text, so no row can be kept, and each needs its reason."""
+        spec = f"hf:{base}" if teacher == "hf" else teacher
+        options = {"policy": str(base), "dataset": str(answers), "max_new_tokens": 12, "teacher_max_new_tokens": 12}
+        with pytest.raises(IncompleteError, match="no row is left"):
+            run_stage("make-targets", tmp_path / "targets", teacher=spec, **options)
+        rejects = read_lines(tmp_path / "targets" / "rejects.jsonl")
+        assert len(rejects) == 24
+        assert all(row["reason"] for row in rejects)
+        if teacher == "reference":
+            assert all(row["target"] == row["reference"] for row in rejects)
+        else:
+            assert all(row["target"] for row in rejects)
