@@ -11,8 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgpo_cli.artifacts import Outcome, Step
 from sgpo_cli.progress import RowProgress
+from sgpo_cli.step import Outcome, Step
 
 Row = dict[str, Any]
 

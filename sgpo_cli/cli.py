@@ -36,6 +36,8 @@ app = typer.Typer(
 
 RecipeFlag = Annotated[Path | None, typer.Option("--recipe", help="Recipe to take the options from.")]
 StepFlag = Annotated[str | None, typer.Option("--step", help="Step of the recipe; needed if several run this stage.")]
+RunDirFlag = Annotated[Path | None, typer.Option("--run-dir", help="Use this instead of the recipe's run_dir.")]
+SeedFlag = Annotated[int | None, typer.Option("--seed", help="Use this seed in every step.")]
 FreshFlag = Annotated[bool, typer.Option("--fresh", help="Move an existing output directory aside (NAME.old).")]
 VerboseFlag = Annotated[
     bool, typer.Option("--verbose", help="Show more, such as training examples with their labels.")
@@ -101,6 +103,7 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
         ctx: typer.Context,
         recipe: RecipeFlag = None,
         step: StepFlag = None,
+        run_dir: RunDirFlag = None,
         fresh: FreshFlag = False,
         verbose: VerboseFlag = False,
         debug: DebugFlag = False,
@@ -109,7 +112,8 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
         with exits.mapped(debug=debug):
             _configure_logging(verbose)
             values = {name: value for name, value in flags.items() if value not in (None, [])}
-            run_stage(stage, recipe, step, values | trailing_options(ctx.args), fresh=fresh)
+            config = _config(stage, recipe, step, run_dir, values | trailing_options(ctx.args))
+            run_stage(stage, config, fresh=fresh)
 
     own = [_flag(field) for field in own_options(config).values()]
     common = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -156,16 +160,14 @@ def trailing_options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def run_stage(
-    stage: str, recipe_path: Path | None, step_name: str | None, flags: dict[str, Any], *, fresh: bool
-) -> None:
+def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
     """Run one step, unless it is up to date."""
     import importlib
 
     from sgpo_cli import artifacts, identity
+    from sgpo_cli.step import Step
 
-    config = _config(stage, recipe_path, step_name, flags)
-    step = artifacts.Step(config.output_dir, identity.request_of(stage, config))
+    step = Step(config.output_dir, identity.request_of(stage, config))
     if fresh and (aside := step.move_aside()):
         typer.echo(f"{config.output_dir}: moved to {aside}")
     if step.is_complete():
@@ -177,15 +179,17 @@ def run_stage(
     _print_summary(Path(config.output_dir), artifacts.read_manifest(step.directory) or {})
 
 
-def _config(stage: str, recipe_path: Path | None, step_name: str | None, flags: dict[str, Any]) -> StageConfig:
+def _config(
+    stage: str, recipe_path: Path | None, step_name: str | None, run_dir: Path | None, flags: dict[str, Any]
+) -> StageConfig:
     from sgpo_cli import recipe
     from sgpo_cli.errors import UsageError
 
     if recipe_path is None:
-        if step_name is not None:
-            raise UsageError("--step needs --recipe")
+        if step_name is not None or run_dir is not None:
+            raise UsageError("--step and --run-dir need --recipe")
         return recipe.build_config(stage, _parsed(stage, flags), f"sgpo {stage}")
-    plan = recipe.read(recipe_path)
+    plan = recipe.read(recipe_path, run_dir=run_dir)
     spec = plan.step(step_name) if step_name else plan.only_step_of(stage)
     if spec.stage != stage:
         raise UsageError(f"{recipe_path}: step {spec.name} runs {spec.stage}, not {stage}")
@@ -229,25 +233,35 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     from_step: Annotated[str | None, typer.Option("--from", help="Run this step and all after it again.")] = None,
+    run_dir: RunDirFlag = None,
+    seed: SeedFlag = None,
     fresh: FreshFlag = False,
     verbose: VerboseFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Run a recipe's steps in order, skipping what is up to date."""
     from sgpo_cli import pipeline
+    from sgpo_cli.recipe import read
 
     with exits.mapped(debug=debug):
         _configure_logging(verbose)
+        book = read(recipe, run_dir=run_dir, seed=seed)
         if dry_run:
-            pipeline.print_plan(recipe)
+            pipeline.print_plan(book)
         else:
-            pipeline.run(recipe, from_step=from_step, fresh=fresh, flags=["--verbose"] * verbose + ["--debug"] * debug)
+            pipeline.run(book, from_step=from_step, fresh=fresh, flags=["--verbose"] * verbose + ["--debug"] * debug)
 
 
 @app.command("status")
-def status(recipe: Annotated[Path, typer.Argument(help="The recipe.")], debug: DebugFlag = False) -> None:
+def status(
+    recipe: Annotated[Path, typer.Argument(help="The recipe.")],
+    run_dir: RunDirFlag = None,
+    seed: SeedFlag = None,
+    debug: DebugFlag = False,
+) -> None:
     """Print the state of a recipe's steps: rows, rejects, seconds, and what would run next."""
     from sgpo_cli import pipeline
+    from sgpo_cli.recipe import read
 
     with exits.mapped(debug=debug):
-        pipeline.print_status(recipe)
+        pipeline.print_status(read(recipe, run_dir=run_dir, seed=seed))

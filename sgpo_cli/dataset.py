@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sgpo_cli.artifacts import Outcome
 from sgpo_cli.configs import DataConfig
 from sgpo_cli.control_tokens import added_tokens, control_tokens
 from sgpo_cli.errors import UsageError
 from sgpo_cli.rows import Columns, Rows, read_rows
+from sgpo_cli.step import Outcome
 
 logger = logging.getLogger(__name__)
 SHOWN = 20

@@ -8,11 +8,12 @@ from typing import Any
 from sgpo_cli import artifacts, prompts
 from sgpo_cli.configs import StageConfig, own_options
 from sgpo_cli.errors import UsageError
+from sgpo_cli.step import Request
 
 HUB_SECONDS = 5.0
 
 
-def request_of(stage: str, config: StageConfig) -> artifacts.Request:
+def request_of(stage: str, config: StageConfig) -> Request:
     """The request of `stage` with `config`; reads its inputs, writes nothing.
 
     Raises:
@@ -26,7 +27,7 @@ def request_of(stage: str, config: StageConfig) -> artifacts.Request:
         elif kind in ("value", "prompt", "teacher"):
             values[name] = value
     inputs = {name: _digest(source, kind) for name, source, kind in sources(config)}
-    return artifacts.Request(stage, type(config).VERSION, values, inputs)
+    return Request(stage, type(config).VERSION, values, inputs)
 
 
 def sources(config: StageConfig) -> Iterator[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ from rich.table import Table
 from sgpo_cli import artifacts, identity, recipe
 from sgpo_cli.configs import StageConfig
 from sgpo_cli.errors import StaleError, UsageError
+from sgpo_cli.step import Request, Step
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +38,30 @@ class PlannedStep:
     why: str = ""
 
 
-def plan(path: Path) -> list[PlannedStep]:
+def plan(book: recipe.Recipe) -> list[PlannedStep]:
     """The steps in order, with the state each will have when its turn comes; changes nothing.
 
     Raises:
-        UsageError: the recipe is wrong.
+        UsageError: an input does not exist.
         IntegrityError: a finished step's files were changed.
     """
-    book = recipe.read(path)
     steps: list[PlannedStep] = []
     for spec in book.steps.values():
-        config = recipe.build_config(spec.stage, spec.options, f"{path}: steps.{spec.name}")
-        _refuse_missing_inputs(spec, config, steps, path)
+        config = recipe.build_config(spec.stage, spec.options, f"{book.path}: steps.{spec.name}")
+        _refuse_missing_inputs(book, spec, config, steps)
         waits_for = [step for step in steps if step.state != DONE and _reads(config, step.config)]
         steps.append(PlannedStep(spec, config, *_state(spec, config, waits_for)))
     return steps
 
 
-def _refuse_missing_inputs(spec: recipe.StepSpec, config: StageConfig, earlier: list[PlannedStep], path: Path) -> None:
+def _refuse_missing_inputs(
+    book: recipe.Recipe, spec: recipe.StepSpec, config: StageConfig, earlier: list[PlannedStep]
+) -> None:
     """A wrong path is found before the first step runs, not when its turn comes hours later."""
     for option, source, _ in identity.sources(config):
         made = any(Path(source).is_relative_to(step.config.output_dir) for step in earlier)
         if not made and not Path(source).exists() and not identity.looks_like_hub_name(source):
-            raise UsageError(f"{path}: steps.{spec.name}.{option}: {source}: no such file or directory")
+            raise UsageError(f"{book.path}: steps.{spec.name}.{option}: {source}: no such file or directory")
 
 
 def _reads(config: StageConfig, earlier: StageConfig) -> bool:
@@ -79,10 +81,10 @@ def _state(spec: recipe.StepSpec, config: StageConfig, waits_for: list[PlannedSt
     changes = request.changes(before)
     if changes:
         return (STALE if request.only_inputs_changed(before) else CHANGED), "; ".join(changes)
-    return (DONE if artifacts.Step(directory, request).is_complete() else PARTIAL), ""
+    return (DONE if Step(directory, request).is_complete() else PARTIAL), ""
 
 
-def run(path: Path, *, from_step: str | None, fresh: bool, flags: list[str]) -> None:
+def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[str]) -> None:
     """Run what is not up to date, and stop at the first failure.
 
     Args:
@@ -95,12 +97,12 @@ def run(path: Path, *, from_step: str | None, fresh: bool, flags: list[str]) -> 
         SystemExit: a step failed; the code is the step's.
     """
     if from_step is not None:
-        recipe.read(path).step(from_step)
-    names = [step.spec.name for step in plan(path)]
+        book.step(from_step)
+    names = [step.spec.name for step in plan(book)]
     redo = set(names[names.index(from_step) :]) if from_step else set()
     for name in names:
         # Planned anew: the step before may just have been made, and its manifest is part of the request.
-        step = next(step for step in plan(path) if step.spec.name == name)
+        step = next(step for step in plan(book) if step.spec.name == name)
         if step.state == DONE and name not in redo:
             logger.info("%s: up to date", name)
             continue
@@ -108,18 +110,22 @@ def run(path: Path, *, from_step: str | None, fresh: bool, flags: list[str]) -> 
             raise StaleError(
                 f"step {name}: {step.config.output_dir} was made by another request\n  "
                 + step.why.replace("; ", "\n  "),
-                f"sgpo run {path} --fresh moves it aside and runs it again",
+                f"{_command(book)} --fresh moves it aside and runs it again",
             )
         if step.state in (STALE, CHANGED) or name in redo:
-            request = artifacts.Request(step.spec.stage, 0, {})
-            if aside := artifacts.Step(step.config.output_dir, request).move_aside():
+            request = Request(step.spec.stage, 0, {})
+            if aside := Step(step.config.output_dir, request).move_aside():
                 logger.info("%s: %s; the old output is in %s", name, step.why or "asked for again", aside)
         logger.info("%s: runs (%s)", name, step.spec.stage)
-        _run_step(path, step.spec, flags)
+        _run_step(book, step.spec, flags)
 
 
-def _run_step(path: Path, spec: recipe.StepSpec, flags: list[str]) -> None:
-    command = [spec.stage, "--recipe", str(path), "--step", spec.name, *flags]
+def _command(book: recipe.Recipe) -> str:
+    return shlex.join(["sgpo", "run", str(book.path), *book.overrides])
+
+
+def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> None:
+    command = [spec.stage, "--recipe", str(book.path), "--step", spec.name, *book.overrides, *flags]
     launcher = shlex.split(spec.launch) if spec.launch else [sys.executable]
     process = subprocess.Popen([*launcher, "-m", "sgpo_cli", *command], preexec_fn=_end_with_parent(spec.launch))
     try:
@@ -131,7 +137,7 @@ def _run_step(path: Path, spec: recipe.StepSpec, flags: list[str]) -> None:
         raise
     if code != 0:
         what = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        print(f"step {spec.name} {what}; to continue: sgpo run {path}", file=sys.stderr)
+        print(f"step {spec.name} {what}; to continue: {_command(book)}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
 
 
@@ -153,10 +159,10 @@ def _end_with_parent(launch: str) -> Callable[[], Any] | None:
     return prepare
 
 
-def print_plan(path: Path) -> None:
+def print_plan(book: recipe.Recipe) -> None:
     """Print the plan: step, stage, start model, data, state."""
-    table = Table("step", "stage", "start model", "data", "state", title=f"{path}", title_justify="left")
-    for step in plan(path):
+    table = Table("step", "stage", "start model", "data", "state", title=f"{book.path}", title_justify="left")
+    for step in plan(book):
         config = step.config
         models = [source for _, source, kind in identity.sources(config) if kind == "model"]
         data = [source for _, source, kind in identity.sources(config) if kind == "data"]
@@ -165,10 +171,10 @@ def print_plan(path: Path) -> None:
     _print(table)
 
 
-def print_status(path: Path) -> None:
+def print_status(book: recipe.Recipe) -> None:
     """Print what each step has done and in which state it is."""
     table = Table("step", "stage", "state", "rows in", "rows out", "rejected", "seconds")
-    steps = plan(path)
+    steps = plan(book)
     for step in steps:
         manifest = artifacts.read_manifest(Path(step.config.output_dir)) or {}
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.get("rejected", {}).items())
@@ -177,7 +183,7 @@ def print_status(path: Path) -> None:
         table.add_row(step.spec.name, step.spec.stage, state, *numbers, dropped, str(manifest.get("seconds", "")))
     _print(table)
     if any(step.state != DONE for step in steps):
-        Console().print(f"to continue: sgpo run {path}", markup=False, highlight=False)
+        Console().print(f"to continue: {_command(book)}", markup=False, highlight=False)
 
 
 def _print(table: Table) -> None:

@@ -1,12 +1,13 @@
 """Reads a recipe: an ordered map of named steps, each a stage with its options.
 
     run_dir: runs/demo
+    seed: 1
     steps:
       m0: {stage: sft, model_name_or_path: ./world/base, dataset: ./world/sft}
 
 A value that starts with `./` is relative to `run_dir`, so a step names another step's output by its
-path. YAML is read by the rules of YAML 1.2 (`no` is a string, `012` is 12, `1e-5` is a number), and
-duplicate or unknown keys are errors.
+path. `seed` is that of every step that sets none. YAML is read by the rules of YAML 1.2 (`no` is a
+string, `012` is 12, `1e-5` is a number), and duplicate or unknown keys are errors.
 """
 
 import re
@@ -25,6 +26,7 @@ from sgpo_cli.errors import UsageError
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEYS = ("run_dir", "seed", "steps")
 STEP_KEYS = ("stage", "launch")  # of the step itself; every other key is an option of its stage
 
 
@@ -40,11 +42,15 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe; the order of `steps` is the order of work."""
+    """A parsed recipe; the order of `steps` is the order of work.
+
+    `overrides` are the flags that it was read with; they read it the same way again.
+    """
 
     path: Path
     run_dir: Path
     steps: dict[str, StepSpec] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
 
     def step(self, name: str) -> StepSpec:
         """Raises UsageError for a name that is not there."""
@@ -106,27 +112,36 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
-def read(path: str | Path) -> Recipe:
+def read(path: str | Path, *, run_dir: str | Path | None = None, seed: int | None = None) -> Recipe:
     """Parse and check a recipe; no step is looked at on disk.
+
+    Args:
+        run_dir: used instead of the recipe's.
+        seed: used instead of the recipe's, and of those of its steps.
 
     Raises:
         UsageError: naming file, line or key, for anything that is not a recipe.
     """
     path = Path(path)
     content = _load_yaml(path)
-    unknown = [key for key in content if key not in ("run_dir", "steps") and not str(key).startswith("x-")]
+    unknown = [key for key in content if key not in KEYS and not str(key).startswith("x-")]
     if unknown:
-        hint = trl_options.did_you_mean(str(unknown[0]), ("run_dir", "steps"))
+        hint = trl_options.did_you_mean(str(unknown[0]), KEYS)
         raise UsageError(
-            f"{path}: unknown key '{unknown[0]}'{hint}", "keys: run_dir, steps, and x-* to hold YAML anchors"
+            f"{path}: unknown key '{unknown[0]}'{hint}", f"keys: {', '.join(KEYS)}, and x-* to hold YAML anchors"
         )
-    run_dir, steps = content.get("run_dir"), content.get("steps")
-    if not isinstance(run_dir, str) or not run_dir:
-        raise UsageError(f"{path}: key 'run_dir': expected a path, got {run_dir!r}")
+    directory, steps = content.get("run_dir"), content.get("steps")
+    if not isinstance(directory, str) or not directory:
+        raise UsageError(f"{path}: key 'run_dir': expected a path, got {directory!r}")
     if not isinstance(steps, dict) or not steps:
         raise UsageError(f"{path}: key 'steps': expected a map of named steps, got {type(steps).__name__}")
-    recipe = Recipe(path, Path(run_dir), {})
+    given = {"--run-dir": run_dir, "--seed": seed}
+    overrides = tuple(str(part) for flag, value in given.items() if value is not None for part in (flag, value))
+    recipe = Recipe(path, Path(run_dir or directory), {}, overrides)
+    seeds = {"seed": content["seed"]} if "seed" in content else {}
     for name, options in steps.items():
+        if isinstance(options, dict):
+            options = seeds | options | ({"seed": seed} if seed is not None else {})
         recipe.steps[name] = _read_step(recipe, name, options)
     return recipe
 

@@ -1,5 +1,6 @@
 """Log-probabilities of texts under a model: the only tensor code that is ours."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ class Score:
 
     @property
     def log_ppl(self) -> float:
-        """Log-perplexity: minus the mean log-probability per token."""
-        return -self.log_prob / self.tokens
+        """Log-perplexity: minus the mean log-probability per token; NaN for a text without tokens."""
+        return -self.log_prob / self.tokens if self.tokens else math.nan
 
 
 class Scorer:
@@ -36,6 +37,15 @@ class Scorer:
         self._template = chat_template_kwargs or {}
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype)
+        self._plain_head = self._head_gives_logits()
+
+    @torch.inference_mode()
+    def _head_gives_logits(self) -> bool:
+        """Whether logits are just the output embedding of the hidden states; some models cap or scale them."""
+        ids = torch.arange(8, device=self._model.device)[None]
+        hidden = self._model.get_decoder()(input_ids=ids)[0]
+        made = self._model.get_output_embeddings()(hidden)
+        return torch.allclose(made.float(), self._model(input_ids=ids).logits.float(), atol=1e-3, rtol=1e-3)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[list[Message]], completions: Sequence[str]) -> list[Score]:
@@ -47,28 +57,34 @@ class Scorer:
         for row, (tokens, _) in enumerate(pairs):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        device = self._model.device
-        hidden = self._model.get_decoder()(input_ids=ids.to(device), attention_mask=mask.to(device))[0]
-        return [self._row_score(hidden[row], tokens, start) for row, (tokens, start) in enumerate(pairs)]
+        inputs = {"input_ids": ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
+        if self._plain_head:
+            states, head = self._model.get_decoder()(**inputs)[0], self._model.get_output_embeddings()
+        else:
+            states, head = self._model(**inputs).logits, torch.nn.Identity()
+        return [_row_score(states[row], head, tokens, start) for row, (tokens, start) in enumerate(pairs)]
 
     def _tokens(self, prompt: list[Message], completion: str) -> tuple[list[int], int]:
         """Token ids of the whole conversation, and where the completion starts."""
         asked = template_ids(self._tokenizer, prompt, prompt=True, **self._template)
         turn = {"role": "assistant", "content": completion}
         full = template_ids(self._tokenizer, [*prompt, turn], prompt=False, **self._template)
-        common = next(
-            (i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b),
-            min(len(asked), len(full)),
-        )
+        both = zip(asked, full, strict=False)
+        common = next((place for place, (one, other) in enumerate(both) if one != other), min(len(asked), len(full)))
         return full, common
 
-    def _row_score(self, hidden: torch.Tensor, tokens: list[int], start: int) -> Score:
-        """hidden: (length, width) of one row; logits are made for a chunk of positions at a time."""
-        total = 0.0
-        head = self._model.get_output_embeddings()
-        for begin in range(start, len(tokens), CHUNK_TOKENS):
-            end = min(begin + CHUNK_TOKENS, len(tokens))
-            logits = head(hidden[begin - 1 : end - 1]).float()
-            targets = torch.tensor(tokens[begin:end], device=logits.device)
-            total += torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).double().sum().item()
-        return Score(total, max(len(tokens) - start, 0))
+
+def _row_score(states: torch.Tensor, head: torch.nn.Module, tokens: list[int], start: int) -> Score:
+    """The score of one row, with logits for a chunk of positions at a time.
+
+    Args:
+        states: (length, width) hidden states, or logits when `head` is the identity.
+        start: index of the first token that counts; the first of all has no prediction.
+    """
+    total = 0.0
+    for begin in range(max(start, 1), len(tokens), CHUNK_TOKENS):
+        end = min(begin + CHUNK_TOKENS, len(tokens))
+        logits = head(states[begin - 1 : end - 1]).float()
+        targets = torch.tensor(tokens[begin:end], device=logits.device)
+        total += torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).double().sum().item()
+    return Score(total, len(tokens) - max(start, 1))

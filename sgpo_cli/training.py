@@ -27,10 +27,10 @@ from trl import (
 )
 
 from sgpo_cli import checkpoints, checks
-from sgpo_cli.artifacts import Step
 from sgpo_cli.configs import TrainConfig
 from sgpo_cli.errors import UsageError
 from sgpo_cli.loading import load_tokenizer, template_ids
+from sgpo_cli.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,11 @@ def train(
         UsageError: options or data that cannot be trained on.
         DivergedError: the loss is not finite, or the reference is not the start model.
     """
+    if (Path(config.model_name_or_path) / "adapter_config.json").exists():
+        raise UsageError(
+            f"{config.model_name_or_path}: an adapter cannot be trained further yet",
+            "merge it into its base model and start from the merged directory",
+        )
     args, model_args = arguments(config, step.directory)
     tokenizer = _tokenizer(config)
     lengths = checks.check_lengths(

@@ -51,6 +51,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def run(directory: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sgpo_cli", *map(str, arguments)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo recipe with small sizes, run to its end; `runs/demo` lies in the directory."""
+    directory = tmp_path_factory.mktemp("demo")
+    text = (ROOT / "tests" / "small.yaml").read_text()
+    (directory / "demo.yaml").write_text(text)
+    result = run(directory, "run", "demo.yaml")
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
 ECHO_RECIPE = """\
 run_dir: runs/echo
 steps:

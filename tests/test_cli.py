@@ -80,7 +80,7 @@ def test_every_field_of_trls_configs_is_an_option() -> None:
         ),
         ("evaluate --models model --dataset d.jsonl --output-dir o --judge gpt", "no judge 'gpt'"),
         ("evaluate --models model --models other/model --dataset d.jsonl --output-dir o", "other/model"),
-        ("dpo --step m1", "--step needs --recipe"),
+        ("dpo --step m1", "--step and --run-dir need --recipe"),
         ("dpo --recipe none.yaml", "none.yaml: No such file"),
         ("run none.yaml", "none.yaml: No such file"),
         ("gen-pairs --recipe r.yaml --step targets", "step targets runs make-targets, not gen-pairs"),

@@ -11,6 +11,7 @@ from conftest import read_lines, write_lines
 
 from sgpo_cli import artifacts, identity, recipe
 from sgpo_cli.errors import DivergedError, IncompleteError, SgpoError, UsageError
+from sgpo_cli.step import Step
 
 pytestmark = pytest.mark.model
 
@@ -62,7 +63,7 @@ def run_stage(stage: str, output: Path, **options: Any) -> dict[str, Any]:
     import importlib
 
     config = recipe.build_config(stage, {"output_dir": str(output), **options}, "test")
-    step = artifacts.Step(output, identity.request_of(stage, config))
+    step = Step(output, identity.request_of(stage, config))
     identity.check_inputs(config)
     importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").run(config, step)
     return artifacts.read_manifest(output) or {}

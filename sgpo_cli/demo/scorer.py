@@ -4,6 +4,8 @@ A quality counts if exactly one sentence of the answer has it and what that sent
 right. Saying everything twice, in both statuses or with guessed facts therefore earns nothing.
 """
 
+from itertools import pairwise
+
 from sgpo_cli.demo.world import QUALITIES, Facts, Line, is_right, parse_answer, read_prompt
 
 FAULT = 0.1  # what a wrong, repeated or misplaced sentence costs, and each piece of stray text
@@ -31,7 +33,7 @@ def score(prompt: str, response: str) -> float:
     wrong = sum(not is_right(line, facts) for line in lines)
     order = [QUALITIES.index(line.quality) for line in lines]
     repeated = len(order) - len(set(order))
-    misplaced = sum(later < earlier for earlier, later in zip(order, order[1:], strict=False))
+    misplaced = sum(later < earlier for earlier, later in pairwise(order))
     stray = sum(1 + len(text.split()) // STRAY_WORDS for text in strays)
     faults = wrong + repeated + misplaced + stray
     return max(0.0, held / len(QUALITIES) - FAULT * faults)

@@ -8,6 +8,7 @@ data is: sentences are missing at random and some facts are wrong.
 import random
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 NAMES = tuple("Ada Bela Clara Edvin Flora Hugo Ines Jonas Lena Marta Nadia Oskar Rosa Tomas".split())
 COLOURS = tuple("green red blue yellow grey white black brown".split())
@@ -63,14 +64,17 @@ CLOSINGS = ("Yours, the Harbour Lost Property Office",)
 # How often a reference answer has each quality. Uneven, so that the likeliest answer of a model
 # that learns from them is not a good one either.
 PRESENT = {
-    "greeting": 0.55,
-    "item": 0.34,
-    "status": 0.55,
-    "detail": 0.45,
+    "greeting": 0.5,
+    "item": 0.3,
+    "status": 0.52,
+    "detail": 0.42,
     "kindness": 0.3,
-    "closing": 0.55,
+    "closing": 0.52,
 }
 WRONG = 0.05  # how often the clerk misreads the name, the thing, the register note
+
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -218,12 +222,12 @@ def _misread(facts: Facts, rng: random.Random) -> Facts:
         facts = replace(facts, name=name.name)
     if rng.random() < WRONG:
         facts = replace(facts, colour=item.colour, item=item.item)
-    if rng.random() < WRONG or facts.found == detail.found and rng.random() < WRONG:
+    if rng.random() < WRONG or (facts.found == detail.found and rng.random() < WRONG):
         facts = replace(facts, found=detail.found, shelf=detail.shelf, day=detail.day)
     return facts
 
 
-def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
+def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
     """Rows for each split, with prompts that no two splits share.
 
     `prompts` has no completion, `heldout` has an ideal one, any other split has references of
@@ -234,16 +238,16 @@ def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
     return {split: _make_rows(split, size, rng, seen) for split, size in sizes.items()}
 
 
-def _make_rows(split: str, size: int, rng: random.Random, seen: set[str]) -> list[dict]:
+def _make_rows(split: str, size: int, rng: random.Random, seen: set[str]) -> list[Row]:
     """The rows of one split; their prompts are added to `seen`."""
-    rows: list[dict] = []
+    rows: list[Row] = []
     while len(rows) < size:
         facts = draw_facts(rng)
         prompt = write_prompt(facts, rng)
         if prompt in seen:
             continue
         seen.add(prompt)
-        row: dict = {"id": f"{split}-{len(rows) + 1:05d}"}
+        row: Row = {"id": f"{split}-{len(rows) + 1:05d}"}
         row["prompt"] = [{"role": "user", "content": prompt}]
         if split != "prompts":
             answer = ideal_answer if split == "heldout" else mixed_answer

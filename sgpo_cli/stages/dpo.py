@@ -3,9 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
-from sgpo_cli.artifacts import Step, read_manifest
+from sgpo_cli.artifacts import read_manifest
 from sgpo_cli.configs import DpoConfig
 from sgpo_cli.dataset import count_set_aside, read_dataset
+from sgpo_cli.step import Step
 
 
 def run(config: DpoConfig, step: Step) -> None:

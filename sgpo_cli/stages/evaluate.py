@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_cli import prompts
-from sgpo_cli.artifacts import DATA_FILES, Step, write_atomically
+from sgpo_cli.artifacts import DATA_FILES, write_atomically
 from sgpo_cli.batches import BatchResult, Row, derive_seed, run_batches
 from sgpo_cli.configs import EvaluateConfig
 from sgpo_cli.dataset import read_dataset, set_aside
 from sgpo_cli.engines import Engine, Generation, Sampling, open_engine, token_counts
 from sgpo_cli.errors import UsageError
 from sgpo_cli.progress import stopwatch
+from sgpo_cli.step import Step
 
 JUDGES = {"demo": "sgpo_cli.demo.scorer:score"}
 ANSWERS = [(role, decoding) for role in ("policy", "improver") for decoding in ("sampled", "greedy")]

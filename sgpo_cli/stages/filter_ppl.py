@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Callable, Iterable
 from itertools import chain
 
-from sgpo_cli.artifacts import DATA_FILES, Step
+from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import BatchResult, Row, run_batches
 from sgpo_cli.configs import FilterPplConfig
 from sgpo_cli.dataset import read_dataset, set_aside
+from sgpo_cli.step import Step
 
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation is this many median absolute deviations
 LEAST_SIGMA = 0.01  # nats; when more than half of the targets are alike, their MAD is 0

@@ -4,13 +4,14 @@ from itertools import chain
 from typing import Any
 
 from sgpo_cli import prompts
-from sgpo_cli.artifacts import DATA_FILES, Outcome, Step
+from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import BatchResult, Row, derive_seed, run_batches
 from sgpo_cli.configs import GenPairsConfig
 from sgpo_cli.dataset import forbidden_tokens, read_dataset, set_aside
 from sgpo_cli.engines import Generation, Sampling, open_engine, token_counts
 from sgpo_cli.pairing import find_pairing, pair_problem
 from sgpo_cli.progress import stopwatch
+from sgpo_cli.step import Outcome, Step
 
 
 def run(config: GenPairsConfig, step: Step) -> None:

@@ -4,9 +4,10 @@ import shutil
 from typing import Any
 
 from sgpo_cli import prompts
-from sgpo_cli.artifacts import Step, write_lines
+from sgpo_cli.artifacts import write_lines
 from sgpo_cli.batches import Row
 from sgpo_cli.configs import MakeDemoConfig
+from sgpo_cli.step import Step
 
 
 def corpus(splits: dict[str, list[Row]]) -> list[str]:

@@ -1,8 +1,8 @@
 """sft: a base model learns to answer from prompts with a reference answer. The result is M0."""
 
-from sgpo_cli.artifacts import Step
 from sgpo_cli.configs import SftConfig
 from sgpo_cli.dataset import count_set_aside, read_dataset
+from sgpo_cli.step import Step
 
 
 def run(config: SftConfig, step: Step) -> None:

@@ -3,10 +3,10 @@
 import random
 
 from sgpo_cli import prompts
-from sgpo_cli.artifacts import Step
 from sgpo_cli.batches import Row, derive_seed
 from sgpo_cli.configs import TrainImproverConfig
 from sgpo_cli.dataset import count_set_aside, read_dataset
+from sgpo_cli.step import Step
 
 
 def run(config: TrainImproverConfig, step: Step) -> None:

@@ -1,0 +1,206 @@
+"""A step: one request, one directory, from the lock to the manifest."""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from sgpo_cli.artifacts import (
+    DATA_FILES,
+    MANIFEST,
+    REQUEST,
+    line,
+    read_json,
+    read_manifest,
+    sha256_file,
+    sync_directory,
+    verify,
+    versions,
+    write_atomically,
+)
+from sgpo_cli.errors import IncompleteError, LockedError, StaleError, UsageError
+from sgpo_cli.journal import Journal
+
+
+@dataclass(frozen=True)
+class Request:
+    """What makes a step itself: another configuration or another input is another request."""
+
+    stage: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "version": self.version,
+            "config": dict(self.config),
+            "inputs": dict(self.inputs),
+        }
+
+    def changes(self, other: Mapping[str, Any]) -> list[str]:
+        """Lines `key: old -> new` against a request read from disk."""
+        old = {"stage": other.get("stage"), "version": other.get("version"), **other.get("config", {})}
+        new = {"stage": self.stage, "version": self.version, **self.config}
+        lines = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in _differing(old, new)]
+        return lines + [f"input {key}: changed since" for key in _differing(other.get("inputs", {}), self.inputs)]
+
+    def only_inputs_changed(self, other: Mapping[str, Any]) -> bool:
+        return all(line.startswith("input ") for line in self.changes(other))
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+Outcome = tuple[Mapping[str, Any], str | None]
+"""What became of a row: the row to write, and the reason if it is dropped."""
+
+
+class Step:
+    """One step's directory, from request to manifest.
+
+    Nothing is written before `with step:`, so a stage can read and refuse its input first.
+    """
+
+    def __init__(self, directory: str | Path, request: Request) -> None:
+        self.directory = Path(directory)
+        self.request = request
+        self._lock = FileLock(self.directory / ".lock", timeout=0)
+        self._started = time.monotonic()
+
+    def is_complete(self) -> bool:
+        """Whether this very request has been finished.
+
+        Raises:
+            StaleError: the directory belongs to another request.
+            IntegrityError: it is finished, but a file in it was changed.
+        """
+        path = self.directory / REQUEST
+        if not path.exists():
+            return False
+        changes = self.request.changes(read_json(path))
+        if changes:
+            raise StaleError(
+                f"{self.directory} was made by another request\n  " + "\n  ".join(changes),
+                "choose another --output-dir, or pass --fresh to move the old one aside",
+            )
+        if read_manifest(self.directory) is None:
+            return False
+        verify(self.directory, quick=True)
+        return True
+
+    def move_aside(self) -> Path | None:
+        """Rename the directory to `<name>.old`, replacing an earlier one; None if there is nothing to move."""
+        if not self.directory.exists():
+            return None
+        with self._locked():
+            aside = self.directory.with_name(self.directory.name + ".old")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.directory.rename(aside)
+        return aside
+
+    def _locked(self) -> FileLock:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise LockedError(
+                f"{self.directory}: another process is working on this step",
+                "wait for it to finish, or stop it; the lock goes with the process",
+            ) from None
+        return self._lock
+
+    def __enter__(self) -> Self:
+        if self.directory.exists() and not (self.directory / REQUEST).exists():
+            first_files = (".lock", REQUEST + ".tmp")  # all that a step killed at its very start leaves
+            others = [path.name for path in self.directory.iterdir() if path.name not in first_files]
+            if others:
+                raise UsageError(
+                    f"{self.directory}: holds {', '.join(sorted(others)[:3])}, which no step of ours wrote",
+                    "choose an empty --output-dir",
+                )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._locked()
+        try:
+            self.is_complete()  # another process may have been here between the plan and the lock
+            for leftover in self.directory.glob("*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            write_atomically(self.directory / REQUEST, json.dumps(self.request.as_dict(), indent=2) + "\n")
+        except BaseException:
+            self._lock.release()
+            raise
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def journal(self, rank: int = 0) -> Journal:
+        return Journal(self.directory / "parts", rank)
+
+    def write_rows(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+        """Write `train.jsonl` and `rejects.jsonl` in the given order; returns the manifest's counts."""
+        counts: Counter[str] = Counter()
+        rows_out = 0
+        paths = [self.directory / name for name in DATA_FILES]
+        temporary = [path.with_name(path.name + ".tmp") for path in paths]
+        with temporary[0].open("wb") as kept, temporary[1].open("wb") as dropped:
+            for row, reason in outcomes:
+                if reason is None:
+                    rows_out += 1
+                    kept.write(line(row))
+                else:
+                    counts[reason] += 1
+                    dropped.write(line({**row, "reason": reason}))
+            for file in (kept, dropped):
+                file.flush()
+                os.fsync(file.fileno())
+        for source, target in zip(temporary, paths, strict=True):
+            source.replace(target)
+        if not rows_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "no rows"
+            raise IncompleteError(
+                f"{self.directory}: no row is left ({reasons}); see {paths[1].name} there",
+                "look at the rejected rows, then run again with other options and --fresh",
+            )
+        return {
+            "rows_in": rows_out + counts.total(),
+            "rows_out": rows_out,
+            "rejected": dict(sorted(counts.items())),
+        }
+
+    def finish(self, outputs: Iterable[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the manifest: from here on the step is done.
+
+        Args:
+            outputs: names of the files that are the result, relative to the directory.
+            facts: what else to record; see the README's list of manifest keys.
+        """
+        manifest = {
+            **self.request.as_dict(),
+            **facts,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "run_id": os.urandom(8).hex(),
+            "versions": versions(),
+            "outputs": {
+                name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for name in sorted(outputs)
+                for path in [self.directory / name]
+            },
+        }
+        sync_directory(self.directory)
+        write_atomically(self.directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        shutil.rmtree(self.directory / "parts", ignore_errors=True)
+        return manifest
