@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, Field
 from pathlib import Path
@@ -222,6 +223,8 @@ def _configure_logging(verbose: bool) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a missing kernel on every CPU start
     logging.getLogger("sgpo_cli").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could change
 
 
 for _name, _config_class in STAGES.items():

@@ -63,6 +63,11 @@ def _refuse_other_than_model(path: Path) -> None:
             f"{path}: not a model, it has no config.json",
             "name the directory that holds config.json and the weights",
         )
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(
+            f"{path}: no weights, it has no *.safetensors",
+            "other formats can run code when they are loaded; save the model again with save_pretrained",
+        )
 
 
 def _digest(source: str, kind: str) -> str:

@@ -130,15 +130,22 @@ def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> N
     process = subprocess.Popen([*launcher, "-m", "sgpo_cli", *command], preexec_fn=_end_with_parent(spec.launch))
     try:
         code = process.wait()
-    except BaseException as stop:
-        if not isinstance(stop, KeyboardInterrupt):  # a terminal sends Ctrl-C to the child by itself
-            process.terminate()
-        process.wait()
+    except BaseException:
+        _stop(process)
         raise
     if code != 0:
         what = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         print(f"step {spec.name} {what}; to continue: {_command(book)}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the step to leave; after Ctrl-C in a terminal it is on its way already."""
+    try:
+        process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
 
 
 def _end_with_parent(launch: str) -> Callable[[], Any] | None:

@@ -77,6 +77,7 @@ class Step:
         self.request = request
         self._lock = FileLock(self.directory / ".lock", timeout=0)
         self._started = time.monotonic()
+        self._is_new = True
 
     def is_complete(self) -> bool:
         """Whether this very request has been finished.
@@ -120,14 +121,12 @@ class Step:
         return self._lock
 
     def __enter__(self) -> Self:
-        if self.directory.exists() and not (self.directory / REQUEST).exists():
-            first_files = (".lock", REQUEST + ".tmp")  # all that a step killed at its very start leaves
-            others = [path.name for path in self.directory.iterdir() if path.name not in first_files]
-            if others:
-                raise UsageError(
-                    f"{self.directory}: holds {', '.join(sorted(others)[:3])}, which no step of ours wrote",
-                    "choose an empty --output-dir",
-                )
+        self._is_new = not (self.directory / REQUEST).exists()
+        if self._is_new and self.directory.exists() and (others := self._files_besides_our_first()):
+            raise UsageError(
+                f"{self.directory}: holds {', '.join(others[:3])}, which no step of ours wrote",
+                "choose an empty --output-dir",
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         self._locked()
         try:
@@ -144,7 +143,15 @@ class Step:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Refused before any work: the corrected command must not meet a directory of another request.
+        if isinstance(error, UsageError) and self._is_new and not self._files_besides_our_first():
+            shutil.rmtree(self.directory)
         self._lock.release()
+
+    def _files_besides_our_first(self) -> list[str]:
+        """What lies in the directory besides the files that every step writes at its start."""
+        first = (".lock", REQUEST, REQUEST + ".tmp")
+        return sorted(path.name for path in self.directory.iterdir() if path.name not in first)
 
     def journal(self, rank: int = 0) -> Journal:
         return Journal(self.directory / "parts", rank)

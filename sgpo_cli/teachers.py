@@ -41,10 +41,15 @@ class DemoTeacher:
         from sgpo_cli.demo.teacher import improve
 
         dice = random.Random(seed)
-        texts = [
-            improve(row["prompt"][-1]["content"], row["response"], row["reference"], dice, self._junk_share)
-            for row in rows
-        ]
+        try:
+            texts = [
+                improve(row["prompt"][-1]["content"], row["response"], row["reference"], dice, self._junk_share)
+                for row in rows
+            ]
+        except ValueError as error:
+            raise UsageError(
+                f"teacher demo: {error}", "it only knows the demo world; name another --teacher"
+            ) from None
         return [Generation(text, "stop") for text in texts]
 
 

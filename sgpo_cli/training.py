@@ -72,7 +72,7 @@ def arguments(config: TrainConfig, output_dir: Path) -> tuple[SFTConfig | DPOCon
             ModelConfig(model_name_or_path=config.model_name_or_path, **model_options),
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"TRL refuses these options: {error}") from None
+        raise UsageError(f"TRL refuses these options: {error}") from error
 
 
 def train(
@@ -107,7 +107,10 @@ def train(
         config.max_truncated_share,
     )
     with step:
-        trainer, reference = _build(config, args, model_args, tokenizer, rows, step)
+        try:
+            trainer, reference = _build(config, args, model_args, tokenizer, rows, step)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UsageError(f"TRL refuses these options: {error}") from error
         checks.show_examples(tokenizer, trainer.train_dataset)
         checkpoint = checkpoints.newest_whole(step.directory)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -192,6 +195,7 @@ def _save(trainer: SFTTrainer | DPOTrainer, step: Step) -> list[str]:
     (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place in a published model
     shutil.rmtree(temporary / "ref", ignore_errors=True)  # TRL's frozen copy of an adapter
     (temporary / LOG).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+    (step.directory / "README.md").unlink(missing_ok=True)  # TRL's card names no base model for a local one
     names = sorted(path.name for path in temporary.iterdir())
     for name in names:
         (temporary / name).replace(step.directory / name)

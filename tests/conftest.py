@@ -40,6 +40,7 @@ def world(tmp_path: Path) -> Path:
     write_lines(tmp_path / "sft.jsonl", [{**row, "completion": f"Of {row['id']}: all is well."} for row in prompts])
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").touch()
     return tmp_path
 
 

@@ -142,7 +142,7 @@ def test_a_polite_stop_keeps_the_work_and_says_so(world: Path, sgpo: Sgpo, stop:
 
 @pytest.mark.parametrize("round_", range(2))
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(world: Path, sgpo: Sgpo, round_: int) -> None:
-    """kill -9 of `sgpo run` across make-targets and gen-pairs, six moments a round."""
+    """kill -9 of `sgpo run` across make-targets and gen-pairs, eight moments a round."""
     write_lines(world / "sft.jsonl", [{"prompt": f"thing {n}", "completion": "yes"} for n in range(8_000)])
     write_lines(world / "prompts.jsonl", [{"prompt": f"other thing {n}"} for n in range(8_000)])
     recipe = """\
@@ -157,7 +157,7 @@ steps:
     assert sgpo("run", "whole.yaml").returncode == 0
     length = time.monotonic() - started
     dice = random.Random(round_)
-    for _ in range(6):
+    for _ in range(8):
         process = subprocess.Popen(
             [sys.executable, "-m", "sgpo_cli", "run", "killed.yaml"],
             cwd=world,

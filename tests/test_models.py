@@ -214,6 +214,26 @@ class TestTraining:
             run_stage("sft", again, **options)
             assert weights(again) == weights(whole)
 
+    def test_an_adapter_is_trained_generated_with_and_scored_with(
+        self, base: Path, answers: Path, tmp_path: Path
+    ) -> None:
+        from sgpo_cli.engines import Sampling, open_engine
+        from sgpo_cli.scoring import Scorer
+
+        options = SMALL | {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+        adapter = tmp_path / "adapter"
+        run_stage("sft", adapter, model_name_or_path=str(base), dataset=str(answers), **options)
+        assert (adapter / "adapter_model.safetensors").exists()
+        greedy = Sampling(8, temperature=0.0)
+        adapted, plain = (
+            open_engine("transformers", str(path)).generate([chat(1)], greedy) for path in (adapter, base)
+        )
+        assert adapted != plain
+        row = ([chat(1)], [sentence(2)])
+        assert Scorer(str(adapter)).score(*row)[0].log_ppl < Scorer(str(base)).score(*row)[0].log_ppl
+        with pytest.raises(UsageError, match="an adapter cannot be trained further yet"):
+            run_stage("sft", tmp_path / "more", model_name_or_path=str(adapter), dataset=str(answers), **options)
+
     def test_the_saved_model_is_ready_for_others(self, base: Path, answers: Path, tmp_path: Path) -> None:
         options = SMALL | {"max_steps": 1}
         run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options)
@@ -231,6 +251,7 @@ class TestTraining:
             {"loss_type": "kto_pair"},
             {"optim": "adamv"},
             {"padding_free": "yes please"},
+            {"use_peft": True, "lora_r": -1},
             {"chat_template_kwargs": 3},
         ],
     )

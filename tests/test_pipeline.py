@@ -91,7 +91,7 @@ def test_dpo_killed_at_random_moments_gives_the_same_weights(copy: Path) -> None
     shutil.rmtree(copy / "runs/demo/m1")
     dice = random.Random(7)
     command = [sys.executable, "-m", "sgpo_cli", "dpo", "--recipe", "demo.yaml", "--step", "m1"]
-    for _ in range(3):
+    for _ in range(4):
         process = subprocess.Popen(command, cwd=copy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not (copy / "runs/demo/m1/request.json").exists() and time.monotonic() < deadline:

@@ -103,7 +103,10 @@ def _scored(row: Row, number: int, texts: dict[str, list[Generation]], judge: Ju
     scored: Row = {name: row[name] for name in ("id", "model", "prompt")}
     for name, generations in texts.items():
         scored[name] = generations[number].text
-        scored[f"score_{name}"] = judge(row["prompt"][-1]["content"], generations[number].text)
+        try:
+            scored[f"score_{name}"] = judge(row["prompt"][-1]["content"], generations[number].text)
+        except ValueError as error:
+            raise UsageError(f"row {row['id']}: {error}", "the judge demo only knows the demo world") from None
     return scored
 
 
