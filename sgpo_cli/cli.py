@@ -166,8 +166,11 @@ def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
     import importlib
 
     from sgpo_cli import artifacts, identity
+    from sgpo_cli.errors import UsageError
     from sgpo_cli.step import Step
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes for one step are not supported yet", "launch it with one process")
     step = Step(config.output_dir, identity.request_of(stage, config))
     if fresh and (aside := step.move_aside()):
         typer.echo(f"{config.output_dir}: moved to {aside}")

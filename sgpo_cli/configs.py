@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 Count = Annotated[int, Gt(0)]
+WorldSize = Annotated[int, Gt(0), Le(100_000)]  # the world has about a million different letters
 Share = Annotated[float, Ge(0), Le(1)]
 Temperature = Annotated[float, Ge(0), Le(10)]
 TopP = Annotated[float, Gt(0), Le(1)]
@@ -102,9 +103,9 @@ class TrainConfig(DataConfig):
 class MakeDemoConfig(StageConfig):
     """Make the demo world: data and an untrained tiny model."""
 
-    num_sft: Count = option("Prompts with a reference answer, for sft and make-targets.", 4000)
-    num_prompts: Count = option("Prompts alone, for gen-pairs.", 1500)
-    num_heldout: Count = option("Prompts for evaluate.", 400)
+    num_sft: WorldSize = option("Prompts with a reference answer, for sft and make-targets.", 4000)
+    num_prompts: WorldSize = option("Prompts alone, for gen-pairs.", 1500)
+    num_heldout: WorldSize = option("Prompts for evaluate.", 400)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _refuse_other_than_model(path: Path) -> None:
 def _digest(source: str, kind: str) -> str:
     if Path(source).exists() or not looks_like_hub_name(source):
         return artifacts.digest(source)
-    return f"hub:{source}@{hub_commit(source, kind)}"
+    name = source.partition(":")[0]  # of a data set, a configuration may follow
+    return f"hub:{source}@{hub_commit(name, kind)}"
 
 
 def looks_like_hub_name(source: str) -> bool:
@@ -83,6 +85,7 @@ def looks_like_hub_name(source: str) -> bool:
     return len(parts) <= 2 and all(parts) and not source.startswith((".", "~")) and not data_file
 
 
+@cache
 def hub_commit(name: str, kind: str) -> str:
     """The commit that `name` has on the Hub now, or in the local cache when the Hub is out of reach.
 

@@ -1,15 +1,34 @@
 """Loads tokenizers and models for inference, the same way for every part that needs one."""
 
-import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sgpo_cli.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Turn what libraries raise for options and files they cannot use into a user's error.
+
+    Raises:
+        UsageError: with the first line of what the library said.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, SafetensorError) as error:
+        raise UsageError(f"{what}: {_first_line(error)}") from error
+    except OSError as error:
+        if error.errno is not None:  # the system's own: disk full, no permission
+            raise
+        raise UsageError(f"{what}: {_first_line(error)}") from error
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -18,10 +37,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: it cannot be loaded, or has no chat template or no token to pad with.
     """
-    try:
+    with refusals(model):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{model}: no tokenizer that transformers can load ({_first_line(error)})") from None
     if tokenizer.chat_template is None:
         raise UsageError(
             f"{model}: its tokenizer has no chat template",
@@ -42,12 +59,10 @@ def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         UsageError: it cannot be loaded.
     """
-    try:
+    with refusals(model):
         loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UsageError(f"{model}: no model that transformers can load ({_first_line(error)})") from None
     loaded.config.use_cache = True  # trainers save it as false, and generation would recompute every prefix
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logger.debug("%s: %s on %s, %s attention", model, loaded.dtype, device, loaded.config._attn_implementation)

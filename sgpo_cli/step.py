@@ -130,7 +130,8 @@ class Step:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._locked()
         try:
-            self.is_complete()  # another process may have been here between the plan and the lock
+            if self.is_complete():  # by another process, between our look and our lock
+                raise LockedError(f"{self.directory}: another process has just finished this step")
             for leftover in self.directory.glob("*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             write_atomically(self.directory / REQUEST, json.dumps(self.request.as_dict(), indent=2) + "\n")

@@ -28,8 +28,8 @@ from trl import (
 
 from sgpo_cli import checkpoints, checks
 from sgpo_cli.configs import TrainConfig
-from sgpo_cli.errors import UsageError
-from sgpo_cli.loading import load_tokenizer, template_ids
+from sgpo_cli.errors import IncompleteError, UsageError
+from sgpo_cli.loading import load_tokenizer, refusals, template_ids
 from sgpo_cli.step import Step
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,11 @@ def arguments(config: TrainConfig, output_dir: Path) -> tuple[SFTConfig | DPOCon
         "seed": config.seed,
         "logging_nan_inf_filter": False,  # on, a NaN loss is logged as 0.0
     }
-    try:
+    with refusals("TRL"):
         return (
             config_class(**(defaults | options | fixed)),
             ModelConfig(model_name_or_path=config.model_name_or_path, **model_options),
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"TRL refuses these options: {error}") from error
 
 
 def train(
@@ -92,8 +90,11 @@ def train(
 
     Raises:
         UsageError: options or data that cannot be trained on.
+        IncompleteError: there are no rows.
         DivergedError: the loss is not finite, or the reference is not the start model.
     """
+    if not rows:
+        raise IncompleteError(f"{config.dataset}: no row is left to train on ({dict(rejected)})")
     if (Path(config.model_name_or_path) / "adapter_config.json").exists():
         raise UsageError(
             f"{config.model_name_or_path}: an adapter cannot be trained further yet",
@@ -107,10 +108,8 @@ def train(
         config.max_truncated_share,
     )
     with step:
-        try:
+        with refusals(config.model_name_or_path):
             trainer, reference = _build(config, args, model_args, tokenizer, rows, step)
-        except (ValueError, TypeError, ImportError) as error:
-            raise UsageError(f"TRL refuses these options: {error}") from error
         checks.show_examples(tokenizer, trainer.train_dataset)
         checkpoint = checkpoints.newest_whole(step.directory)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
