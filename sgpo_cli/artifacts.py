@@ -68,9 +68,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a finished step, or None while there is none."""
+    """The manifest of a finished step, or None while there is none.
+
+    Raises:
+        IntegrityError: it is not what the step wrote.
+    """
     path = directory / MANIFEST
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.pop("digest", None) != sha256_json(manifest):
+        raise IntegrityError(f"{path}: changed after the step had finished", "run the step again with --fresh")
+    return manifest
 
 
 def step_of(path: Path) -> Path | None:

@@ -39,7 +39,9 @@ RecipeFlag = Annotated[Path | None, typer.Option("--recipe", help="Recipe to tak
 StepFlag = Annotated[str | None, typer.Option("--step", help="Step of the recipe; needed if several run this stage.")]
 RunDirFlag = Annotated[Path | None, typer.Option("--run-dir", help="Use this instead of the recipe's run_dir.")]
 SeedFlag = Annotated[int | None, typer.Option("--seed", help="Use this seed in every step.")]
-FreshFlag = Annotated[bool, typer.Option("--fresh", help="Move an existing output directory aside (NAME.old).")]
+FreshFlag = Annotated[
+    bool, typer.Option("--fresh", help="Move an earlier output aside (NAME.old-1, -2, ...) and run anew.")
+]
 VerboseFlag = Annotated[
     bool, typer.Option("--verbose", help="Show more, such as training examples with their labels.")
 ]
@@ -171,9 +173,8 @@ def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes for one step are not supported yet", "launch it with one process")
-    step = Step(config.output_dir, identity.request_of(stage, config))
-    if fresh and (aside := step.move_aside()):
-        typer.echo(f"{config.output_dir}: moved to {aside}")
+    identity.refuse_nesting(config)
+    step = Step(config.output_dir, identity.request_of(stage, config), fresh=fresh)
     if step.is_complete():
         typer.echo(f"{config.output_dir}: up to date")
         return

@@ -8,10 +8,12 @@ pass through (`trl_options.py`).
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 Count = Annotated[int, Gt(0)]
 WorldSize = Annotated[int, Gt(0), Le(100_000)]  # the world has about a million different letters
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Share = Annotated[float, Ge(0), Le(1)]
 Temperature = Annotated[float, Ge(0), Le(10)]
 TopP = Annotated[float, Gt(0), Le(1)]
@@ -41,7 +43,7 @@ class StageConfig:
     TRAINER: ClassVar[str] = ""  # which of TRL's trainers takes further options: "sft", "dpo" or none
 
     output_dir: str = option("Directory to write; a step has exactly one.", kind="guard")
-    seed: int = option("Seed of everything random in this step.", 42)
+    seed: Seed = option("Seed of everything random in this step.", 42)
 
 
 @dataclass(kw_only=True)
@@ -75,7 +77,7 @@ class GenerateConfig(DataConfig):
     max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)
     temperature: Temperature = option("Sampling temperature of the policy; 0 is greedy.", 1.0)
     top_p: TopP = option("Nucleus sampling of the policy.", 1.0)
-    dtype: str = option("Number format of a local model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
+    dtype: Dtype = option("Number format of a local model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
     chat_template_kwargs: dict[str, Any] = option(
         "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",
         {},
@@ -145,7 +147,7 @@ class FilterPplConfig(DataConfig):
     max_ppl: Annotated[float, Gt(0)] = option("For max: the highest perplexity to keep.", 100.0)
     max_gap: float = option("For gap: the largest difference of log-perplexities to keep.", 2.0)
     batch_size: Count = option("Rows per batch.", 64)
-    dtype: str = option("Number format of the model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
+    dtype: Dtype = option("Number format of the model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
     chat_template_kwargs: dict[str, Any] = option("Settings for the chat template.", {})
 
 
@@ -188,7 +190,7 @@ class DpoConfig(TrainConfig):
 class EvaluateConfig(GenerateConfig):
     """Models answer held-out prompts, as policy and as improver; a judge scores the answers."""
 
-    models: list[str] = option("The models to compare.", kind="model")
+    models: list[str] = option("The models to compare; on the command line, repeat the flag.", kind="model")
     judge: str = option("Who scores: demo (the demo world's rule).", "demo")
     improver_prompt: str | None = option(
         "Text file that asks for an improvement; default: the one a model was trained with.",

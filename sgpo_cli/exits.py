@@ -8,9 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sgpo_cli.errors import ResourceError, SgpoError
+from sgpo_cli.errors import ResourceError, SgpoError, UsageError
 
-RESOURCE_ERRNOS = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EIO: "disk error"}
+RESOURCE_ERRNOS = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file size limit reached",
+    errno.EIO: "disk error",
+}
+PATH_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
 
 
 class _Terminated(BaseException):
@@ -42,13 +58,12 @@ def mapped(*, debug: bool) -> Iterator[None]:
     except MemoryError:
         _leave(ResourceError("out of memory", "lower --batch-size or --max-new-tokens"), debug)
     except OSError as error:
-        if error.errno not in RESOURCE_ERRNOS:
+        if error.errno in RESOURCE_ERRNOS:
+            what = RESOURCE_ERRNOS[error.errno] + (f" writing {error.filename}" if error.filename else "")
+            _leave(ResourceError(what, "free some, then run the same command again"), debug)
+        if error.errno not in PATH_ERRNOS or not error.filename:
             raise
-        where = f" writing {error.filename}" if error.filename else ""
-        _leave(
-            ResourceError(f"{RESOURCE_ERRNOS[error.errno]}{where}", "free some, then run the same command again"),
-            debug,
-        )
+        _leave(UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions"), debug)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise

@@ -1,6 +1,7 @@
 """What a step's request is made of: its options as they act, and the digests of what it reads."""
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from sgpo_cli.errors import UsageError
 from sgpo_cli.step import Request
 
 HUB_SECONDS = 5.0
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
 
 
 def request_of(stage: str, config: StageConfig) -> Request:
@@ -41,6 +43,21 @@ def sources(config: StageConfig) -> Iterator[tuple[str, str, str]]:
             yield from ((f"{name}.{number}", source, kind) for number, source in enumerate(value))
         elif kind in ("data", "model"):
             yield name, value, kind
+
+
+def refuse_nesting(config: StageConfig) -> None:
+    """A step's directory is its own: not inside another step or a model, and not what the step reads.
+
+    Raises:
+        UsageError: naming the two directories.
+    """
+    output = Path(config.output_dir).absolute()
+    for parent in output.parents:
+        if (parent / artifacts.REQUEST).exists() or (parent / "config.json").exists():
+            raise UsageError(f"{config.output_dir}: lies inside {parent}, a step or a model", "choose another place")
+    for option, source, _ in sources(config):
+        if Path(source).absolute().is_relative_to(output):
+            raise UsageError(f"{option}: {source} is in {config.output_dir}, which this step would write")
 
 
 def check_inputs(config: StageConfig) -> None:
@@ -80,9 +97,8 @@ def _digest(source: str, kind: str) -> str:
 
 def looks_like_hub_name(source: str) -> bool:
     """`org/name`, and not a path: no suffix of a data file, no leading dot, slash or tilde."""
-    parts = source.split("/")
     data_file = Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet", ".yaml")
-    return len(parts) <= 2 and all(parts) and not source.startswith((".", "~")) and not data_file
+    return bool(HUB_NAME.fullmatch(source)) and not source.startswith(".") and not data_file
 
 
 @cache

@@ -63,7 +63,7 @@ class Journal:
                     if file.read(1):
                         raise IntegrityError(
                             f"{path}: damaged record at byte {offset}",
-                            "restore the file, or move the directory aside and run the step again",
+                            "restore the file, or run the step again with --fresh",
                         )
                     if path == self._path:
                         file.truncate(offset)
@@ -82,7 +82,11 @@ class Journal:
         data = _encode({"batch": batch, **record})
         written = 0
         while written < len(data):  # a nearly full disk takes a part first and raises on the next call
-            written += os.write(self._file, data[written:])
+            try:
+                written += os.write(self._file, data[written:])
+            except OSError as error:
+                error.filename = str(self._path)
+                raise
         self._places[batch] = (self._path, self._size)
         self._size += len(data)
         if time.monotonic() - self._synced > SYNC_SECONDS:

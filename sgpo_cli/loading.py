@@ -23,6 +23,10 @@ def refusals(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except RuntimeError as error:  # such as a tracker that is not installed
+        if "memory" in str(error):
+            raise
+        raise UsageError(f"{what}: {_first_line(error)}") from error
     except (ValueError, TypeError, KeyError, ImportError, SafetensorError) as error:
         raise UsageError(f"{what}: {_first_line(error)}") from error
     except OSError as error:

@@ -20,12 +20,13 @@ from rich.table import Table
 
 from sgpo_cli import artifacts, identity, recipe
 from sgpo_cli.configs import StageConfig
-from sgpo_cli.errors import StaleError, UsageError
-from sgpo_cli.step import Request, Step
+from sgpo_cli.errors import IntegrityError, StaleError, UsageError
+from sgpo_cli.step import Step
 
 logger = logging.getLogger(__name__)
 
 DONE, PARTIAL, MISSING, STALE, CHANGED = "up to date", "continues", "to do", "out of date", "changed"
+DAMAGED, NEEDS = "damaged", "cannot run"
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,28 @@ def plan(book: recipe.Recipe) -> list[PlannedStep]:
     """The steps in order, with the state each will have when its turn comes; changes nothing.
 
     Raises:
-        UsageError: an input does not exist.
-        IntegrityError: a finished step's files were changed.
+        UsageError: a prompt file or a Hub name of the recipe cannot be found.
     """
     steps: list[PlannedStep] = []
     for spec in book.steps.values():
         config = recipe.build_config(spec.stage, spec.options, f"{book.path}: steps.{spec.name}")
-        _refuse_missing_inputs(book, spec, config, steps)
         waits_for = [step for step in steps if step.state != DONE and _reads(config, step.config)]
-        steps.append(PlannedStep(spec, config, *_state(spec, config, waits_for)))
+        missing = _missing_inputs(config, steps)
+        try:
+            state = (NEEDS, missing) if missing else _state(spec, config, waits_for)
+        except IntegrityError as error:
+            state = DAMAGED, str(error)
+        steps.append(PlannedStep(spec, config, *state))
     return steps
 
 
-def _refuse_missing_inputs(
-    book: recipe.Recipe, spec: recipe.StepSpec, config: StageConfig, earlier: list[PlannedStep]
-) -> None:
-    """A wrong path is found before the first step runs, not when its turn comes hours later."""
+def _missing_inputs(config: StageConfig, earlier: list[PlannedStep]) -> str:
+    """What a step reads that neither exists nor is made by an earlier step."""
     for option, source, _ in identity.sources(config):
         made = any(Path(source).is_relative_to(step.config.output_dir) for step in earlier)
         if not made and not Path(source).exists() and not identity.looks_like_hub_name(source):
-            raise UsageError(f"{book.path}: steps.{spec.name}.{option}: {source}: no such file or directory")
+            return f"{option}: {source}: no such file or directory"
+    return ""
 
 
 def _reads(config: StageConfig, earlier: StageConfig) -> bool:
@@ -73,14 +76,16 @@ def _state(spec: recipe.StepSpec, config: StageConfig, waits_for: list[PlannedSt
     """The state of a step, and the reason when it is not plain."""
     directory = Path(config.output_dir)
     if not (directory / artifacts.REQUEST).exists():
-        return MISSING, ""
+        damaged = (directory / artifacts.MANIFEST).exists()
+        return (DAMAGED, f"{directory / artifacts.REQUEST} is missing") if damaged else (MISSING, "")
     if waits_for:
         return STALE, f"{waits_for[0].spec.name} runs again"
     request = identity.request_of(spec.stage, config)
     before = artifacts.read_json(directory / artifacts.REQUEST)
     changes = request.changes(before)
     if changes:
-        return (STALE if request.only_inputs_changed(before) else CHANGED), "; ".join(changes)
+        why = f"{directory} was made by another request\n  " + "\n  ".join(changes)
+        return (STALE, "its inputs have changed") if request.only_inputs_changed(before) else (CHANGED, why)
     return (DONE if Step(directory, request).is_complete() else PARTIAL), ""
 
 
@@ -98,26 +103,30 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
     """
     if from_step is not None:
         book.step(from_step)
-    names = [step.spec.name for step in plan(book)]
+    steps = plan(book)
+    for step in steps:  # a wrong path is found now, not when its turn comes hours later
+        if step.state == NEEDS:
+            raise UsageError(
+                f"{book.path}: steps.{step.spec.name}.{step.why}",
+                "run paths are relative to run_dir, others to where you are",
+            )
+    names = [step.spec.name for step in steps]
     redo = set(names[names.index(from_step) :]) if from_step else set()
     for name in names:
         # Planned anew: the step before may just have been made, and its manifest is part of the request.
         step = next(step for step in plan(book) if step.spec.name == name)
+        again = fresh or name in redo
         if step.state == DONE and name not in redo:
             logger.info("%s: up to date", name)
             continue
-        if step.state == CHANGED and not fresh and name not in redo:
-            raise StaleError(
-                f"step {name}: {step.config.output_dir} was made by another request\n  "
-                + step.why.replace("; ", "\n  "),
-                f"{_command(book)} --fresh moves it aside and runs it again",
+        if step.state in (CHANGED, DAMAGED) and not again:
+            kind = StaleError if step.state == CHANGED else IntegrityError
+            raise kind(
+                f"step {name}: {step.why}", f"{_command(book)} --fresh moves the old output aside and runs it anew"
             )
-        if step.state in (STALE, CHANGED) or name in redo:
-            request = Request(step.spec.stage, 0, {})
-            if aside := Step(step.config.output_dir, request).move_aside():
-                logger.info("%s: %s; the old output is in %s", name, step.why or "asked for again", aside)
-        logger.info("%s: runs (%s)", name, step.spec.stage)
-        _run_step(book, step.spec, flags)
+        logger.info("%s: runs (%s)%s", name, step.spec.stage, f", {step.why}" if step.state == STALE else "")
+        anew = step.state in (STALE, CHANGED, DAMAGED) or name in redo
+        _run_step(book, step.spec, [*flags, "--fresh"] if anew else flags)
 
 
 def _command(book: recipe.Recipe) -> str:
@@ -173,7 +182,7 @@ def print_plan(book: recipe.Recipe) -> None:
         config = step.config
         models = [source for _, source, kind in identity.sources(config) if kind == "model"]
         data = [source for _, source, kind in identity.sources(config) if kind == "data"]
-        state = f"{step.state} ({step.why})" if step.why else step.state
+        state = _shown(step)
         table.add_row(step.spec.name, step.spec.stage, ", ".join(models), ", ".join(data), state)
     _print(table)
 
@@ -183,14 +192,18 @@ def print_status(book: recipe.Recipe) -> None:
     table = Table("step", "stage", "state", "rows in", "rows out", "rejected", "seconds")
     steps = plan(book)
     for step in steps:
-        manifest = artifacts.read_manifest(Path(step.config.output_dir)) or {}
+        manifest = {} if step.state == DAMAGED else artifacts.read_manifest(Path(step.config.output_dir)) or {}
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.get("rejected", {}).items())
-        state = f"{step.state} ({step.why})" if step.why else step.state
+        state = _shown(step)
         numbers = [str(manifest.get(key, "")) for key in ("rows_in", "rows_out")]
         table.add_row(step.spec.name, step.spec.stage, state, *numbers, dropped, str(manifest.get("seconds", "")))
     _print(table)
     if any(step.state != DONE for step in steps):
         Console().print(f"to continue: {_command(book)}", markup=False, highlight=False)
+
+
+def _shown(step: PlannedStep) -> str:
+    return f"{step.state} ({step.why})" if step.why else step.state
 
 
 def _print(table: Table) -> None:

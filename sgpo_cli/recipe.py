@@ -27,6 +27,7 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEYS = ("run_dir", "seed", "steps")
+OLD = re.compile(r"\.old-\d+$")  # where earlier outputs are moved
 STEP_KEYS = ("stage", "launch")  # of the step itself; every other key is an option of its stage
 
 
@@ -130,14 +131,18 @@ def read(path: str | Path, *, run_dir: str | Path | None = None, seed: int | Non
         raise UsageError(
             f"{path}: unknown key '{unknown[0]}'{hint}", f"keys: {', '.join(KEYS)}, and x-* to hold YAML anchors"
         )
-    directory, steps = content.get("run_dir"), content.get("steps")
+    directory, steps = run_dir or content.get("run_dir"), content.get("steps")
+    if isinstance(directory, Path):
+        directory = str(directory)
     if not isinstance(directory, str) or not directory:
-        raise UsageError(f"{path}: key 'run_dir': expected a path, got {directory!r}")
+        raise UsageError(
+            f"{path}: key 'run_dir': expected a path, got {directory!r}", "for example run_dir: runs/mine"
+        )
     if not isinstance(steps, dict) or not steps:
         raise UsageError(f"{path}: key 'steps': expected a map of named steps, got {type(steps).__name__}")
     given = {"--run-dir": run_dir, "--seed": seed}
     overrides = tuple(str(part) for flag, value in given.items() if value is not None for part in (flag, value))
-    recipe = Recipe(path, Path(run_dir or directory), {}, overrides)
+    recipe = Recipe(path, Path(directory).expanduser(), {}, overrides)
     seeds = {"seed": content["seed"]} if "seed" in content else {}
     for name, options in steps.items():
         if isinstance(options, dict):
@@ -153,7 +158,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: larger than 1 MiB; this is no recipe")
         content = yaml.load(text.decode("utf-8"), Loader=_Loader)  # a SafeLoader
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "recipes that come with sgpo are in recipes/") from None
+        raise UsageError(f"{path}: {error.strerror}", "name a recipe file") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start})") from None
     except yaml.MarkedYAMLError as error:
@@ -181,8 +186,9 @@ def _refuse_endless(content: Any, path: Path) -> None:
 
 def _read_step(recipe: Recipe, name: Any, options: Any) -> StepSpec:
     where = f"{recipe.path}: steps.{name}"
-    if not isinstance(name, str) or not STEP_NAME.fullmatch(name) or name.endswith(".old"):
-        raise UsageError(f"{where}: a step's name has letters, digits, '.', '_' and '-' only")
+    if not isinstance(name, str) or not STEP_NAME.fullmatch(name) or OLD.search(name):
+        rule = "begins with a letter or digit, has letters, digits, '.', '_' and '-', and no .old-N at its end"
+        raise UsageError(f"{where}: a step's name {rule}", "quote it if it is a number")
     if not isinstance(options, dict):
         raise UsageError(f"{where}: expected a map with a stage, got {type(options).__name__}")
     stage = options.get("stage")
@@ -191,12 +197,14 @@ def _read_step(recipe: Recipe, name: Any, options: Any) -> StepSpec:
             f"{where}.stage: unknown stage {stage!r}{trl_options.did_you_mean(str(stage), STAGES)}",
             f"stages: {', '.join(STAGES)}",
         )
+    if "output_dir" in options:
+        raise UsageError(f"{where}.output_dir: a step's directory is {recipe.run_dir / name}", "rename the step")
     launch = options.get("launch", "")
     if not isinstance(launch, str):
         raise UsageError(f"{where}.launch: expected a command line, got {launch!r}")
     _refuse_unknown_inputs(recipe, stage, options, where)
     values = {key: _resolve(value, recipe.run_dir) for key, value in options.items() if key not in STEP_KEYS}
-    values.setdefault("output_dir", str(recipe.run_dir / name))
+    values["output_dir"] = str(recipe.run_dir / name)
     spec = StepSpec(name, stage, values, launch)
     build_config(stage, values, where)
     return spec
@@ -219,6 +227,8 @@ def _refuse_unknown_inputs(recipe: Recipe, stage: str, options: Mapping[str, Any
 def _resolve(value: Any, run_dir: Path) -> Any:
     if isinstance(value, list):
         return [_resolve(item, run_dir) for item in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
     if isinstance(value, str) and value.startswith("./"):
         return str(run_dir / value[2:])
     if isinstance(value, str) and value.startswith("hf:./"):
@@ -241,6 +251,9 @@ def build_config(stage: str, values: Mapping[str, Any], where: str) -> StageConf
     elif rest:
         name = next(iter(rest))
         raise UsageError(f"{where}: unknown option '{name}'{trl_options.did_you_mean(str(name), own)}")
+    for key, value in ours.items():
+        if isinstance(value, bool) and own[key].type is not bool:
+            raise UsageError(f"{where}: option '{key}': expected {own[key].type}, got {value}")
     try:
         return TypeAdapter(config).validate_python(ours)
     except ValidationError as error:

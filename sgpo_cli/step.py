@@ -1,12 +1,14 @@
 """A step: one request, one directory, from the lock to the manifest."""
 
 import json
+import logging
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,13 +23,16 @@ from sgpo_cli.artifacts import (
     read_json,
     read_manifest,
     sha256_file,
+    sha256_json,
     sync_directory,
     verify,
     versions,
     write_atomically,
 )
-from sgpo_cli.errors import IncompleteError, LockedError, StaleError, UsageError
+from sgpo_cli.errors import IncompleteError, IntegrityError, LockedError, StaleError, UsageError
 from sgpo_cli.journal import Journal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,16 @@ Outcome = tuple[Mapping[str, Any], str | None]
 class Step:
     """One step's directory, from request to manifest.
 
-    Nothing is written before `with step:`, so a stage can read and refuse its input first.
+    Nothing is written or moved before `with step:`, so a stage can read and refuse its input first.
+
+    Args:
+        fresh: move an earlier output aside, whatever it is.
     """
 
-    def __init__(self, directory: str | Path, request: Request) -> None:
+    def __init__(self, directory: str | Path, request: Request, *, fresh: bool = False) -> None:
         self.directory = Path(directory)
         self.request = request
+        self._fresh = fresh
         self._lock = FileLock(self.directory / ".lock", timeout=0)
         self._started = time.monotonic()
         self._is_new = True
@@ -87,7 +96,7 @@ class Step:
             IntegrityError: it is finished, but a file in it was changed.
         """
         path = self.directory / REQUEST
-        if not path.exists():
+        if self._fresh or not path.exists():
             return False
         changes = self.request.changes(read_json(path))
         if changes:
@@ -100,15 +109,14 @@ class Step:
         verify(self.directory, quick=True)
         return True
 
-    def move_aside(self) -> Path | None:
-        """Rename the directory to `<name>.old`, replacing an earlier one; None if there is nothing to move."""
-        if not self.directory.exists():
-            return None
+    def _move_aside(self) -> None:
+        """Rename an earlier output to `<name>.old-<n>`; nothing is ever deleted."""
+        aside = next(
+            path for n in count(1) if not (path := self.directory.with_name(f"{self.directory.name}.old-{n}")).exists()
+        )
         with self._locked():
-            aside = self.directory.with_name(self.directory.name + ".old")
-            shutil.rmtree(aside, ignore_errors=True)
             self.directory.rename(aside)
-        return aside
+        logger.info("%s: the old output is in %s", self.directory, aside)
 
     def _locked(self) -> FileLock:
         try:
@@ -121,14 +129,20 @@ class Step:
         return self._lock
 
     def __enter__(self) -> Self:
-        self._is_new = not (self.directory / REQUEST).exists()
-        if self._is_new and self.directory.exists() and (others := self._files_besides_our_first()):
+        ours = any((self.directory / name).exists() for name in (REQUEST, MANIFEST))
+        if not ours and self.directory.exists() and (others := self._files_besides_our_first()):
             raise UsageError(
                 f"{self.directory}: holds {', '.join(others[:3])}, which no step of ours wrote",
                 "choose an empty --output-dir",
             )
+        if self._fresh and ours:
+            self._move_aside()
+        self._is_new = not (self.directory / REQUEST).exists()
+        if self._is_new and (self.directory / MANIFEST).exists():
+            raise IntegrityError(f"{self.directory}: {REQUEST} is missing", "run the step again with --fresh")
         self.directory.mkdir(parents=True, exist_ok=True)
         self._locked()
+        self._fresh = False
         try:
             if self.is_complete():  # by another process, between our look and our lock
                 raise LockedError(f"{self.directory}: another process has just finished this step")
@@ -195,7 +209,7 @@ class Step:
             outputs: names of the files that are the result, relative to the directory.
             facts: what else to record; see the README's list of manifest keys.
         """
-        manifest = {
+        manifest: dict[str, Any] = {
             **self.request.as_dict(),
             **facts,
             "seconds": round(time.monotonic() - self._started, 3),
@@ -208,6 +222,7 @@ class Step:
                 for path in [self.directory / name]
             },
         }
+        manifest["digest"] = sha256_json(manifest)
         sync_directory(self.directory)
         write_atomically(self.directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(self.directory / "parts", ignore_errors=True)

@@ -57,6 +57,7 @@ def arguments(config: TrainConfig, output_dir: Path) -> tuple[SFTConfig | DPOCon
         "use_cpu": on_cpu,  # TRL's bf16 default is refused on a machine without a GPU unless this is set
         "activation_checkpointing": not on_cpu,  # the old name, gradient_checkpointing, warns at every start
         "logging_first_step": True,  # the first loss proves the reference model
+        "save_total_limit": 2,  # of checkpoints; each is three times the model
         "disable_tqdm": True,  # `LogProgress` speaks instead
     }
     if "gradient_checkpointing" in options:
@@ -110,6 +111,7 @@ def train(
     with step:
         with refusals(config.model_name_or_path):
             trainer, reference = _build(config, args, model_args, tokenizer, rows, step)
+            trainer.get_train_dataloader()
         checks.show_examples(tokenizer, trainer.train_dataset)
         checkpoint = checkpoints.newest_whole(step.directory)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -124,7 +126,7 @@ def train(
             "steps": trainer.state.global_step,
             "rows_cut": lengths.cut,
             "loss": round(result.training_loss, 6),
-            "tokens": int(trainer.state.num_input_tokens_seen or 0),
+            "tokens": max((int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history), default=0),
         }
         if reference is not None:
             training["first_loss"] = reference.first_loss

@@ -25,7 +25,7 @@ SOURCES = {
     "sft": (_TRAINING, _BASE, ("trl", "trainer/sft_config.py", "SFTConfig"), _MODEL),
     "dpo": (_TRAINING, _BASE, ("trl", "trainer/dpo_config.py", "DPOConfig"), _MODEL),
 }
-OURS = {"output_dir": "--output-dir", "seed": "--seed", "model_name_or_path": "--model-name-or-path"}
+OURS = ("output_dir", "seed", "model_name_or_path", "resume_from_checkpoint")  # a step resumes by itself
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def test_another_request_is_refused_with_the_changed_keys(world: Path, sgpo: Sgp
     assert result.returncode == 5
     assert "temperature: 1.0 -> 0.5" in result.stderr
     assert sgpo(*TARGETS, "--temperature", "0.5", "--fresh").returncode == 0
-    assert (world / "out.old" / "manifest.json").exists()
+    assert (world / "out.old-1" / "manifest.json").exists()
+    assert sgpo(*TARGETS, "--temperature", "0.6", "--fresh").returncode == 0
+    assert (world / "out.old-2" / "manifest.json").exists()
 
 
 def test_options_that_cannot_change_the_output_are_no_other_request(world: Path, sgpo: Sgpo) -> None:
@@ -102,6 +104,61 @@ def test_a_changed_output_is_refused_by_its_step_and_by_the_next(world: Path, sg
     following = "gen-pairs --policy model --dataset out --engine echo --output-dir pairs".split()
     result = sgpo(*following)
     assert (result.returncode, (world / "pairs").exists()) == (4, False), result.stderr
+
+
+@pytest.mark.parametrize("text", ["{}", "", "[1]"])
+def test_a_manifest_that_is_not_ours_is_refused_and_fresh_repairs_it(echo_recipe: Path, sgpo: Sgpo, text: str) -> None:
+    assert sgpo("run", "echo.yaml").returncode == 0
+    (echo_recipe.parent / "runs/echo/targets/manifest.json").write_text(text)
+    assert sgpo("run", "echo.yaml").returncode == 4
+    shown = sgpo("status", "echo.yaml")
+    assert (shown.returncode, "damaged" in shown.stdout) == (0, True)
+    assert sgpo("run", "echo.yaml", "--fresh").returncode == 0
+    assert "up to date" in sgpo("run", "echo.yaml").stderr
+
+
+def test_counts_in_a_manifest_cannot_be_edited(world: Path, sgpo: Sgpo) -> None:
+    assert sgpo(*TARGETS).returncode == 0
+    path = world / "out" / "manifest.json"
+    path.write_text(path.read_text().replace('"rows_out": 60', '"rows_out": 61'))
+    assert sgpo(*TARGETS).returncode == 4
+
+
+def test_fresh_touches_nothing_before_the_new_request_is_good(world: Path, sgpo: Sgpo) -> None:
+    assert sgpo(*TARGETS).returncode == 0
+    assert sgpo(*TARGETS, "--fresh", "--engine", "vlm").returncode == 2
+    (world / "bad.jsonl").write_text("{")
+    assert sgpo(*TARGETS, "--fresh", "--dataset", "bad.jsonl").returncode == 2
+    assert "up to date" in sgpo(*TARGETS).stdout
+
+
+def test_fresh_moves_only_what_a_step_has_written(world: Path, sgpo: Sgpo) -> None:
+    (world / "out").mkdir()
+    (world / "out" / "thesis.txt").write_text("years of work")
+    result = sgpo(*TARGETS, "--fresh")
+    assert result.returncode == 2
+    assert "thesis.txt" in result.stderr
+    assert (world / "out" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("first/sub", "lies inside"),
+        ("model/sub", "lies inside"),
+        ("model", "which this step would write"),
+        ("sft.jsonl", "sft.jsonl"),
+        ("sft.jsonl/sub", "sft.jsonl"),
+        ("n" * 300, "File name too long"),
+        ("/proc/nowhere", "/proc/nowhere"),
+    ],
+)
+def test_output_directories_that_cannot_be(world: Path, sgpo: Sgpo, output: str, message: str) -> None:
+    assert sgpo(*TARGETS[:-1], "first").returncode == 0
+    result = sgpo(*TARGETS[:-1], output)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_two_processes_on_one_directory(world: Path, sgpo: Sgpo) -> None:

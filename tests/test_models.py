@@ -252,6 +252,8 @@ class TestTraining:
             {"optim": "adamv"},
             {"padding_free": "yes please"},
             {"use_peft": True, "lora_r": -1},
+            {"per_device_train_batch_size": 0},
+            {"report_to": "wandb"},
             {"chat_template_kwargs": 3},
         ],
     )

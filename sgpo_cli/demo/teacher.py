@@ -1,4 +1,4 @@
-"""The rule teacher: mends one or two things in an answer, and now and then returns junk.
+"""The rule teacher: mends about two things in an answer, and now and then returns junk.
 
 It sees what an LLM teacher would see: the prompt, the answer and a reference of mixed quality. An
 answer without a fault it returns as it is. The junk is what a real teacher sends when it
@@ -10,7 +10,10 @@ from collections.abc import Iterable
 
 from sgpo_cli.demo.world import QUALITIES, Facts, Line, is_right, parse_answer, read_prompt, write_line
 
-MENDS = 2  # how many things one improvement mends at most
+# How often one thing that is amiss is mended, each by itself: about two things in an answer. A fixed number would
+# teach the improver to count, and to leave the last sentence out when it has mended enough before it.
+MENDED = 0.65
+
 
 JUNK = {
     "refusal": (
@@ -45,7 +48,7 @@ JUNK = {
 
 
 def improve(prompt: str, response: str, reference: str, rng: random.Random, junk_rate: float = 0.1) -> str:
-    """The answer with at most `MENDS` things mended, or with probability `junk_rate` junk."""
+    """The answer with some things mended, at least one if any is amiss, or with probability `junk_rate` junk."""
     facts = read_prompt(prompt)
     if rng.random() < junk_rate:
         return rng.choice(JUNK[rng.choice(sorted(JUNK))]).format(**vars(facts))
@@ -70,7 +73,8 @@ def _mend(facts: Facts, response: str, reference: str, rng: random.Random) -> st
     missing = [quality for quality in QUALITIES if quality not in kept]
     rng.shuffle(wrong)
     rng.shuffle(missing)
-    for quality in (wrong + missing)[:MENDS]:
+    amiss = wrong + missing
+    for quality in [quality for quality in amiss if rng.random() < MENDED] or amiss[:1]:
         kept[quality] = model.get(quality) or write_line(quality, facts, rng)
     return " ".join(kept[quality] for quality in QUALITIES if quality in kept)
 

@@ -33,6 +33,8 @@ def run(config: EvaluateConfig, step: Step) -> None:
     models = named(config.models)
     requests = {name: prompts.improver_request(path, config.improver_prompt) for name, path in models.items()}
     rows = read_dataset(config, ("prompt",), config.models[0])
+    for row in rows:
+        _judged(judge, row, "")  # a prompt that the judge cannot read is refused before anything is generated
     tasks = [{"model": name, **row} for name in models for row in rows]
 
     @lru_cache(maxsize=1)  # one model in memory at a time
@@ -103,11 +105,15 @@ def _scored(row: Row, number: int, texts: dict[str, list[Generation]], judge: Ju
     scored: Row = {name: row[name] for name in ("id", "model", "prompt")}
     for name, generations in texts.items():
         scored[name] = generations[number].text
-        try:
-            scored[f"score_{name}"] = judge(row["prompt"][-1]["content"], generations[number].text)
-        except ValueError as error:
-            raise UsageError(f"row {row['id']}: {error}", "the judge demo only knows the demo world") from None
+        scored[f"score_{name}"] = _judged(judge, row, generations[number].text)
     return scored
+
+
+def _judged(judge: Judge, row: Row, response: str) -> float:
+    try:
+        return judge(row["prompt"][-1]["content"], response)
+    except ValueError as error:
+        raise UsageError(f"row {row['id']}: {error}", "the judge demo only knows the demo world") from None
 
 
 def _scores(directory: Path) -> Iterator[Row]:
