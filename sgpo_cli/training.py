@@ -114,24 +114,36 @@ def train(
             trainer.get_train_dataloader()
         checks.show_examples(tokenizer, trainer.train_dataset)
         checkpoint = checkpoints.newest_whole(step.directory)
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outputs = _save(trainer, step)
-        dropped = Counter(rejected) + Counter(too_long=lengths.dropped)
-        counts = {
-            "rows_in": len(rows) + sum(rejected.values()),
-            "rows_out": len(rows) - lengths.dropped,
-            "rejected": dict(sorted(dropped.items())),
-        }
-        training: dict[str, Any] = {
-            "steps": trainer.state.global_step,
-            "rows_cut": lengths.cut,
-            "loss": round(result.training_loss, 6),
-            "tokens": max((int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history), default=0),
-        }
-        if reference is not None:
-            training["first_loss"] = reference.first_loss
-        step.finish(outputs, {**counts, "training": training, **(facts or {})})
+        summary = _summary(trainer, lengths, reference)
+        step.finish(outputs, {**_counts(lengths, rejected), "training": summary, **(facts or {})})
         trainer.end()  # type: ignore[no-untyped-call]
+
+
+def _counts(lengths: checks.Lengths, rejected: Mapping[str, int]) -> dict[str, Any]:
+    """The manifest's books: rows in, rows out, rejected by reason."""
+    dropped = Counter(rejected) + Counter(too_long=lengths.dropped)
+    return {
+        "rows_in": lengths.rows + sum(rejected.values()),
+        "rows_out": lengths.rows - lengths.dropped,
+        "rejected": dict(sorted(dropped.items())),
+    }
+
+
+def _summary(
+    trainer: SFTTrainer | DPOTrainer, lengths: checks.Lengths, reference: checks.CheckReference | None
+) -> dict[str, Any]:
+    """What the manifest says of the training itself."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = [int(entry["num_tokens"]) for entry in trainer.state.log_history if "num_tokens" in entry]
+    summary = {
+        "steps": trainer.state.global_step,
+        "rows_cut": lengths.cut,
+        "last_loss": losses[-1] if losses else None,
+        "tokens": max(tokens, default=0),
+    }
+    return summary | ({"first_loss": reference.first_loss} if reference else {})
 
 
 def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:

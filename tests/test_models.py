@@ -198,7 +198,12 @@ class TestTraining:
     def test_training_continues_from_the_newest_whole_checkpoint_to_the_same_weights(
         self, base: Path, answers: Path, tmp_path: Path
     ) -> None:
-        options = SMALL | {"save_steps": 2, "save_total_limit": 3, "model_name_or_path": str(base), "dataset": str(answers)}
+        options = SMALL | {
+            "save_steps": 2,
+            "save_total_limit": 3,
+            "model_name_or_path": str(base),
+            "dataset": str(answers),
+        }
         run_stage("sft", tmp_path / "whole", **options)
         whole = tmp_path / "whole"
         names = sorted(path.name for path in whole.glob("checkpoint-*"))
