@@ -42,6 +42,8 @@ def find_pairing(name: str) -> Pairing:
 
 def text_problem(text: Generation, control_tokens: Collection[str] = ()) -> str | None:
     """Why a generated text cannot be trained on, or None."""
+    if text.finish_reason == "too_long":
+        return "too_long"
     if blank(text.text):
         return "empty"
     if text.finish_reason == "length":

@@ -118,6 +118,15 @@ class TestEngine:
         (made,) = open_engine("transformers", str(base)).generate([chat(1)], Sampling(2, temperature=0.0))
         assert (made.finish_reason, made.completion_tokens) == ("length", 2)
 
+    def test_a_conversation_beyond_the_context_gets_no_text_and_disturbs_no_other(self, base: Path) -> None:
+        from sgpo_cli.engines import Sampling, open_engine
+
+        engine, greedy = open_engine("transformers", str(base)), Sampling(8, temperature=0.0)
+        long = [{"role": "user", "content": "umbrella " * 2500}]
+        first, second, third = engine.generate([chat(1), long, chat(2)], greedy)
+        assert (second.text, second.finish_reason) == ("", "too_long")
+        assert [first, third] == engine.generate([chat(1), chat(2)], greedy)
+
     def test_unknown_engine_is_a_users_error(self) -> None:
         from sgpo_cli.engines import open_engine
 

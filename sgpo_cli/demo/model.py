@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 END, PAD = "<|im_end|>", "<|pad|>"
 VOCABULARY = 720  # every name, thing, shelf and day becomes one token
-CONTEXT = 512
+CONTEXT = 2048  # rotary positions cost nothing, and the instructions of an LLM teacher fit
 
 
 def build_base(directory: Path, texts: list[str], seed: int) -> None:

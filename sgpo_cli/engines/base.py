@@ -22,10 +22,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """One text. `finish_reason` is "length" when it was cut at the token limit."""
+    """One text. `finish_reason` is "length" when it was cut at the token limit, and "too_long" when the
+    conversation does not fit in the model's context: then there is no text."""
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "too_long"]
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

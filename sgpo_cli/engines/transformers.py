@@ -4,6 +4,7 @@ Padding is on the left and every sampling field is set here: right padding gives
 warning, and a checkpoint's generation_config would otherwise decide the temperature.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ class TransformersEngine:
         self._template = chat_template_kwargs or {}
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype)
+        self._context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
         self._end = end_tokens(self._model, self._tokenizer)
         self._model.generation_config = GenerationConfig()  # nothing of the checkpoint's own may leak in
 
@@ -28,9 +30,14 @@ class TransformersEngine:
         texts = self._tokenizer.apply_chat_template(
             list(conversations), tokenize=False, add_generation_prompt=True, **self._template
         )
-        inputs = self._tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-        ).to(self._model.device)
+        prompts: list[list[int]] = self._tokenizer(texts, add_special_tokens=False).input_ids
+        fitting = [ids for ids in prompts if len(ids) < self._context]
+        made = iter(self._generate(fitting, sampling) if fitting else [])
+        return [next(made) if len(ids) < self._context else Generation("", "too_long", len(ids)) for ids in prompts]
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Generation]:
+        inputs = self._tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(self._model.device)
         torch.manual_seed(sampling.seed)  # `generate` has no generator argument
         with torch.inference_mode():
             output = self._model.generate(  # type: ignore[operator]
@@ -39,8 +46,7 @@ class TransformersEngine:
                 generation_config=self._config(sampling),
             )
         new = output[:, inputs.input_ids.shape[1] :].tolist()
-        prompt_lengths = inputs.attention_mask.sum(dim=1).tolist()
-        return [self._read(ids, length) for ids, length in zip(new, prompt_lengths, strict=True)]
+        return [self._read(ids, len(prompt)) for ids, prompt in zip(new, prompts, strict=True)]
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         greedy = sampling.temperature == 0
