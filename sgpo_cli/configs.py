@@ -142,7 +142,7 @@ class FilterPplConfig(DataConfig):
         "perplexity; gap: log-perplexity too far above that of the policy's own answer.",
         "mad",
     )
-    k: Annotated[float, Gt(0)] = option("For mad: how many robust deviations (1.4826 MAD) above the median.", 5.0)
+    k: Annotated[float, Gt(0)] = option("For mad: how many robust deviations (1.4826 MAD) above the median.", 8.0)
     quantile: Share = option("For quantile: the share of rows to keep.", 0.9)
     max_ppl: Annotated[float, Gt(0)] = option("For max: the highest perplexity to keep.", 100.0)
     max_gap: float = option("For gap: the largest difference of log-perplexities to keep.", 2.0)

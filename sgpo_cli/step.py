@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import time
 from collections import Counter
@@ -213,6 +214,7 @@ class Step:
             **self.request.as_dict(),
             **facts,
             "seconds": round(time.monotonic() - self._started, 3),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "run_id": os.urandom(8).hex(),
             "versions": versions(),
