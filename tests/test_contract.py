@@ -185,7 +185,15 @@ def wait_for(path: Path, seconds: float = 30) -> None:
 def test_a_polite_stop_keeps_the_work_and_says_so(world: Path, sgpo: Sgpo, stop: signal.Signals) -> None:
     write_lines(world / "sft.jsonl", [{"prompt": f"thing {n}", "completion": "yes"} for n in range(30_000)])
     command = [sys.executable, "-m", "sgpo_cli", *TARGETS, "--batch-size", "4"]
-    process = subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=world,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell runs in the background (`make test &`) inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(world / "out" / "parts" / "rank-0000.jsonl")
     time.sleep(0.2)
     process.send_signal(stop)
