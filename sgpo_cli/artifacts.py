@@ -127,7 +127,7 @@ def digest(source: str) -> str:
     """
     path = Path(source)
     if not path.exists():
-        raise UsageError(f"{source}: no such file or directory")
+        raise UsageError(f"{source}: no such file or directory", "relative paths start where you are")
     step = step_of(path)
     if step is not None:
         if not (step / MANIFEST).exists():

@@ -94,11 +94,12 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
 
     Args:
         from_step: this step and all after it are moved aside and run again.
-        fresh: steps that were made by another request are moved aside and run again.
+        fresh: steps with other options or damaged files are moved aside and run again.
         flags: handed to every step's command.
 
     Raises:
-        StaleError: a step's options changed and `fresh` is not given.
+        UsageError: an input is missing.
+        StaleError, IntegrityError: a step's options or files changed and `fresh` is not given.
         SystemExit: a step failed; the code is the step's.
     """
     if from_step is not None:

@@ -203,7 +203,7 @@ class Step:
             "rejected": dict(sorted(counts.items())),
         }
 
-    def finish(self, outputs: Iterable[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, outputs: Iterable[str], facts: Mapping[str, Any]) -> None:
         """Write the manifest: from here on the step is done.
 
         Args:
@@ -228,4 +228,3 @@ class Step:
         sync_directory(self.directory)
         write_atomically(self.directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(self.directory / "parts", ignore_errors=True)
-        return manifest
