@@ -1,12 +1,12 @@
 """Work over rows in batches of fixed membership, so that a stopped run continues and ends the same.
 
-Batch `n` holds rows `n*size` to `(n+1)*size` of the whole input, whatever is already done, and has its
-own seed. Its outcome is journaled at once. On a CPU that makes the output bytes of a run that was
-killed equal to those of one that was not.
+Batch `n` holds rows `n*size` to `(n+1)*size` of the whole input, whatever is already done, and what is
+random in a row is decided by the row's own seed. The outcome of a batch is journaled at once. On a CPU
+that makes the output bytes of a run that was killed equal to those of one that was not.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,11 @@ def derive_seed(seed: int, *parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
+def seeds_of(rows: Iterable[Row], seed: int, *parts: object) -> list[int]:
+    """A seed per row for one purpose: it stays the row's own when the data set grows or is reordered."""
+    return [derive_seed(seed, *parts, row["id"]) for row in rows]
+
+
 @dataclass
 class BatchResult:
     """One outcome per row of the batch, in order, and counts to add up (tokens, seconds)."""
@@ -31,16 +36,14 @@ class BatchResult:
     stats: dict[str, float] = field(default_factory=dict)
 
 
-Work = Callable[[list[Row], int], BatchResult]
+Work = Callable[[list[Row]], BatchResult]
 
 
-def run_batches(
-    step: Step, rows: Sequence[Row], size: int, seed: int, work: Work
-) -> tuple[Iterator[Outcome], dict[str, float]]:
+def run_batches(step: Step, rows: Sequence[Row], size: int, work: Work) -> tuple[Iterator[Outcome], dict[str, float]]:
     """Do what the journal does not hold yet, then give all outcomes in the order of the rows.
 
     Args:
-        work: takes the rows of a batch and its seed; called once per missing batch.
+        work: takes the rows of a batch; called once per missing batch.
 
     Returns:
         the outcomes, read from the journal one batch at a time, and the added-up stats.
@@ -53,7 +56,7 @@ def run_batches(
                 if number in journal:
                     continue
                 batch = list(rows[number * size : (number + 1) * size])
-                result = work(batch, derive_seed(seed, step.request.stage, number))
+                result = work(batch)
                 if len(result.outcomes) != len(batch):
                     raise AssertionError(f"batch {number}: {len(batch)} rows in, {len(result.outcomes)} out")
                 journal.append(number, {"rows": result.outcomes, "stats": result.stats})

@@ -72,6 +72,8 @@ class DataConfig(StageConfig):
 class GenerateConfig(DataConfig):
     """A stage that generates texts."""
 
+    VERSION: ClassVar[int] = 2  # 2: a seed per row instead of one per batch
+
     engine: str = option("What generates: transformers, or echo (no model; for tests).", "transformers")
     batch_size: Count = option("Rows per batch; a batch is the unit of work that a stop can cost.", 64)
     max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)

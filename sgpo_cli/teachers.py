@@ -5,7 +5,7 @@ itself. A stage cannot tell them apart.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from sgpo_cli import prompts
@@ -19,15 +19,15 @@ KINDS = "demo, demo:JUNK_SHARE, reference, self, hf:PATH_OR_NAME"
 class Teacher(Protocol):
     """Improves the `response` of rows that have `prompt`, `response` and `reference`."""
 
-    def improve(self, rows: Sequence[Row], seed: int) -> list[Generation]:
-        """One improved answer per row, in order."""
+    def improve(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Generation]:
+        """One improved answer per row, in order; one seed per row decides what is random in it."""
         ...
 
 
 class ReferenceTeacher:
     """The reference answer is the target: no teacher at all."""
 
-    def improve(self, rows: Sequence[Row], seed: int) -> list[Generation]:
+    def improve(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Generation]:
         return [Generation(row["reference"], "stop") for row in rows]
 
 
@@ -37,14 +37,19 @@ class DemoTeacher:
     def __init__(self, junk_share: float) -> None:
         self._junk_share = junk_share
 
-    def improve(self, rows: Sequence[Row], seed: int) -> list[Generation]:
+    def improve(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Generation]:
         from sgpo_cli.demo.teacher import improve
 
-        dice = random.Random(seed)
         try:
             texts = [
-                improve(row["prompt"][-1]["content"], row["response"], row["reference"], dice, self._junk_share)
-                for row in rows
+                improve(
+                    row["prompt"][-1]["content"],
+                    row["response"],
+                    row["reference"],
+                    random.Random(seed),
+                    self._junk_share,
+                )
+                for row, seed in zip(rows, seeds, strict=True)
             ]
         except ValueError as error:
             raise UsageError(
@@ -56,14 +61,14 @@ class DemoTeacher:
 class PromptedTeacher:
     """A language model that follows the teacher's instructions."""
 
-    def __init__(self, engine: Engine, instructions: str, sampling: Callable[[int], Sampling]) -> None:
+    def __init__(self, engine: Engine, instructions: str, sampling: Sampling) -> None:
         self._engine, self._instructions, self._sampling = engine, instructions, sampling
 
-    def improve(self, rows: Sequence[Row], seed: int) -> list[Generation]:
+    def improve(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Generation]:
         conversations = [
             prompts.teach(self._instructions, row["prompt"], row["response"], row["reference"]) for row in rows
         ]
-        return self._engine.generate(conversations, self._sampling(seed))
+        return self._engine.generate(conversations, self._sampling, seeds)
 
 
 def check_teacher(spec: str) -> tuple[str, str]:
@@ -91,14 +96,14 @@ def open_teacher(
     spec: str,
     policy: Engine,
     instructions: str,
-    sampling: Callable[[int], Sampling],
+    sampling: Sampling,
     **settings: Any,
 ) -> Teacher:
     """The teacher named by `spec`.
 
     Args:
         policy: the engine of the policy, which `self` asks.
-        sampling: from a seed to how a language model decodes.
+        sampling: how a language model decodes.
         settings: of the engine that `hf` opens.
 
     Raises:

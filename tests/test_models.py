@@ -85,7 +85,7 @@ class TestEngine:
 
         engine = open_engine("transformers", str(base))
         conversations = [chat(number) for number in range(12)]
-        texts = [made.text for made in engine.generate(conversations, Sampling(16, temperature=0.0))]
+        texts = [made.text for made in engine.generate(conversations, Sampling(16, temperature=0.0), range(12))]
         tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
         for conversation, text in zip(conversations, texts, strict=True):
             ids = tokenizer.apply_chat_template(
@@ -106,16 +106,45 @@ class TestEngine:
         conversations = [chat(number) for number in range(4)]
 
         def texts(model: Path, seed: int) -> list[str]:
-            made = open_engine("transformers", str(model)).generate(conversations, Sampling(16, seed=seed))
+            seeds = range(10 * seed, 10 * seed + 4)
+            made = open_engine("transformers", str(model)).generate(conversations, Sampling(16), seeds)
             return [each.text for each in made]
 
         assert texts(base, 1) == texts(base, 1) == texts(copy, 1)
         assert texts(base, 1) != texts(base, 2)
 
+    def test_a_text_depends_on_its_own_seed_and_not_on_its_neighbours(self, base: Path) -> None:
+        from sgpo_cli.engines import Sampling, open_engine
+
+        engine, sampling = open_engine("transformers", str(base)), Sampling(12, temperature=1.3, top_p=0.9)
+        conversations, seeds = [chat(number) for number in range(8)], list(range(8))
+        together = engine.generate(conversations, sampling, seeds)
+        backwards = engine.generate(conversations[::-1], sampling, seeds[::-1])
+        assert together == backwards[::-1]
+        assert together == [engine.generate([c], sampling, [s])[0] for c, s in zip(conversations, seeds, strict=True)]
+
+    def test_tokens_are_drawn_as_often_as_the_model_says(self) -> None:
+        import torch
+
+        from sgpo_cli.engines import Sampling
+        from sgpo_cli.engines.transformers import RowSampling
+
+        scores = torch.tensor([2.0, 0.0, 1.0, -1.0, -torch.inf])
+        for sampling, expected in (
+            (Sampling(1), scores.softmax(-1)),
+            (Sampling(1, temperature=0.5), (2 * scores).softmax(-1)),
+            (Sampling(1, top_p=0.7), torch.tensor([0.7311, 0, 0.2689, 0, 0])),  # the two most likely, renormalised
+        ):
+            rows = 20_000
+            drawn = RowSampling(sampling, range(rows))(torch.zeros(rows, 1), scores.repeat(rows, 1)).argmax(-1)
+            shares = torch.bincount(drawn, minlength=5) / rows
+            assert torch.allclose(shares, expected, atol=0.012)
+            assert not shares[expected == 0].any()
+
     def test_a_text_cut_at_the_limit_says_so(self, base: Path) -> None:
         from sgpo_cli.engines import Sampling, open_engine
 
-        (made,) = open_engine("transformers", str(base)).generate([chat(1)], Sampling(2, temperature=0.0))
+        (made,) = open_engine("transformers", str(base)).generate([chat(1)], Sampling(2, temperature=0.0), [0])
         assert (made.finish_reason, made.completion_tokens) == ("length", 2)
 
     def test_a_conversation_beyond_the_context_gets_no_text_and_disturbs_no_other(self, base: Path) -> None:
@@ -123,9 +152,9 @@ class TestEngine:
 
         engine, greedy = open_engine("transformers", str(base)), Sampling(8, temperature=0.0)
         long = [{"role": "user", "content": "umbrella " * 2500}]
-        first, second, third = engine.generate([chat(1), long, chat(2)], greedy)
+        first, second, third = engine.generate([chat(1), long, chat(2)], greedy, [0, 1, 2])
         assert (second.text, second.finish_reason) == ("", "too_long")
-        assert [first, third] == engine.generate([chat(1), chat(2)], greedy)
+        assert [first, third] == engine.generate([chat(1), chat(2)], greedy, [0, 2])
 
     def test_unknown_engine_is_a_users_error(self) -> None:
         from sgpo_cli.engines import open_engine
@@ -240,7 +269,7 @@ class TestTraining:
         assert (adapter / "adapter_model.safetensors").exists()
         greedy = Sampling(8, temperature=0.0)
         adapted, plain = (
-            open_engine("transformers", str(path)).generate([chat(1)], greedy) for path in (adapter, base)
+            open_engine("transformers", str(path)).generate([chat(1)], greedy, [0]) for path in (adapter, base)
         )
         assert adapted != plain
         row = ([chat(1)], [sentence(2)])

@@ -12,12 +12,11 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to decode. A temperature of 0 is greedy; `seed` decides everything random in one call."""
+    """How to decode. A temperature of 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,14 @@ class Generation:
 class Engine(Protocol):
     """Whatever can answer conversations."""
 
-    def generate(self, conversations: Sequence[list[Message]], sampling: Sampling) -> list[Generation]:
-        """One text per conversation, in the same order; the chat template is the engine's business."""
+    def generate(
+        self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """One text per conversation, in the same order; the chat template is the engine's business.
+
+        Args:
+            seeds: one per conversation; it decides what is random in its text, whatever else is in the call.
+        """
         ...
 
 

@@ -13,12 +13,14 @@ class EchoEngine:
     def __init__(self, model: str, **settings: Any) -> None:
         self._model = model
 
-    def generate(self, conversations: Sequence[list[Message]], sampling: Sampling) -> list[Generation]:
-        return [self._answer(messages, sampling, number) for number, messages in enumerate(conversations)]
+    def generate(
+        self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        return [self._answer(messages, sampling, seed) for messages, seed in zip(conversations, seeds, strict=True)]
 
-    def _answer(self, messages: list[Message], sampling: Sampling, number: int) -> Generation:
+    def _answer(self, messages: list[Message], sampling: Sampling, seed: int) -> Generation:
         words = [word for message in messages for word in message["content"].split()]
-        draw = f"{sampling.seed}:{number}" if sampling.temperature else ""
+        draw = str(seed) if sampling.temperature else ""
         word = hashlib.sha256(f"{draw}:{' '.join(words)}".encode()).hexdigest()[:6]
         answer = [word, *words[-8:]]
         cut = answer[: sampling.max_new_tokens]

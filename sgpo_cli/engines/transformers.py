@@ -8,11 +8,43 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from sgpo_cli.engines.base import Generation, Message, Sampling
 from sgpo_cli.loading import end_tokens, load_model, load_tokenizer
+
+
+class RowSampling(LogitsProcessor):
+    """Draws each row's next token with the row's own random numbers, and leaves only that one possible.
+
+    `generate` draws for the whole batch from one global generator, so a text depends on its neighbours;
+    here, up to rounding in the model, it depends on its prompt and seed alone. One uniform number per
+    token, by inversion of the cumulative distribution.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        draws = [np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds]
+        self._draws = iter(torch.from_numpy(np.stack(draws, axis=1)))
+        self._warpers: list[Any] = []
+        if sampling.temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores [rows, vocabulary] in; the same shape out, 0 for the drawn token and -inf for the others."""
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        cumulative = scores.float().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        draw = next(self._draws).to(total)[:, None] * total
+        # Below the total even where rounding met it: a token beyond it has no probability.
+        draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
+        token = torch.searchsorted(cumulative, draw, right=True)
+        return torch.full_like(scores, -math.inf).scatter(-1, token, 0.0)  # type: ignore[return-value]
 
 
 class TransformersEngine:
@@ -26,38 +58,39 @@ class TransformersEngine:
         self._end = end_tokens(self._model, self._tokenizer)
         self._model.generation_config = GenerationConfig()  # nothing of the checkpoint's own may leak in
 
-    def generate(self, conversations: Sequence[list[Message]], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
         texts = self._tokenizer.apply_chat_template(
             list(conversations), tokenize=False, add_generation_prompt=True, **self._template
         )
         prompts: list[list[int]] = self._tokenizer(texts, add_special_tokens=False).input_ids
-        fitting = [ids for ids in prompts if len(ids) < self._context]
-        made = iter(self._generate(fitting, sampling) if fitting else [])
+        fitting = [number for number, ids in enumerate(prompts) if len(ids) < self._context]
+        made = iter(self._generate([prompts[n] for n in fitting], sampling, [seeds[n] for n in fitting]))
         return [next(made) if len(ids) < self._context else Generation("", "too_long", len(ids)) for ids in prompts]
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Generation]:
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        if not prompts:
+            return []
         inputs = self._tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self._model.device)
-        torch.manual_seed(sampling.seed)  # `generate` has no generator argument
         with torch.inference_mode():
             output = self._model.generate(  # type: ignore[operator]
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 generation_config=self._config(sampling),
+                logits_processor=LogitsProcessorList([RowSampling(sampling, seeds)] if sampling.temperature else []),
             )
         new = output[:, inputs.input_ids.shape[1] :].tolist()
         return [self._read(ids, len(prompt)) for ids, prompt in zip(new, prompts, strict=True)]
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
-        greedy = sampling.temperature == 0
-        chosen = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
-            do_sample=not greedy,
+            do_sample=False,  # what is random is RowSampling's
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self._end,
             pad_token_id=self._tokenizer.pad_token_id,
             use_cache=True,
-            **chosen,
         )
 
     def _read(self, ids: list[int], prompt_tokens: int) -> Generation:

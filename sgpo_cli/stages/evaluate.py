@@ -13,7 +13,7 @@ from typing import Any
 
 from sgpo_cli import prompts
 from sgpo_cli.artifacts import DATA_FILES, write_atomically
-from sgpo_cli.batches import BatchResult, Row, derive_seed, run_batches
+from sgpo_cli.batches import BatchResult, Row, run_batches, seeds_of
 from sgpo_cli.configs import EvaluateConfig
 from sgpo_cli.dataset import read_dataset, set_aside
 from sgpo_cli.engines import Engine, Generation, Sampling, open_engine, token_counts
@@ -43,17 +43,17 @@ def run(config: EvaluateConfig, step: Step) -> None:
             config.engine, models[name], dtype=config.dtype, chat_template_kwargs=config.chat_template_kwargs
         )
 
-    def work(batch: list[Row], seed: int) -> BatchResult:
+    def work(batch: list[Row]) -> BatchResult:
         result = BatchResult([], {})
         for name, group in groupby(batch, key=lambda row: row["model"]):
-            part = answer(engine_of(name), list(group), requests[name], judge, config, seed)
+            part = answer(engine_of(name), list(group), requests[name], judge, config)
             result.outcomes += part.outcomes
             for key, value in part.stats.items():
                 result.stats[key] = result.stats.get(key, 0) + value
         return result
 
     with step:
-        outcomes, stats = run_batches(step, tasks, config.batch_size, config.seed, work)
+        outcomes, stats = run_batches(step, tasks, config.batch_size, work)
         counts = step.write_rows(chain(set_aside(rows), outcomes))
         metrics = {"models": summarise(_scores(step.directory), list(models), config.seed)}
         write_atomically(step.directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -78,9 +78,7 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return models
 
 
-def answer(
-    engine: Engine, rows: list[Row], request: str, judge: Judge, config: EvaluateConfig, seed: int
-) -> BatchResult:
+def answer(engine: Engine, rows: list[Row], request: str, judge: Judge, config: EvaluateConfig) -> BatchResult:
     """Four answers per row, each with its score: columns `<role>_<decoding>` and `score_<role>_<decoding>`."""
     asked = [row["prompt"] for row in rows]
     seconds: dict[str, float] = {}
@@ -93,9 +91,10 @@ def answer(
                     for row, response in zip(rows, texts["policy_sampled"], strict=True)
                 ]
             temperature = config.temperature if decoding == "sampled" else 0.0
-            draw = derive_seed(seed, rows[0]["model"], role, decoding)
             texts[f"{role}_{decoding}"] = engine.generate(
-                asked, Sampling(config.max_new_tokens, temperature, config.top_p, draw)
+                asked,
+                Sampling(config.max_new_tokens, temperature, config.top_p),
+                seeds_of(rows, config.seed, rows[0]["model"], role, decoding),
             )
     scored = [_scored(row, number, texts, judge) for number, row in enumerate(rows)]
     return BatchResult([(row, None) for row in scored], seconds | token_counts(chain.from_iterable(texts.values())))

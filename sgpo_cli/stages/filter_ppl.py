@@ -22,7 +22,7 @@ def run(config: FilterPplConfig, step: Step) -> None:
 
     scorer = Scorer(config.policy, config.dtype, config.chat_template_kwargs)
 
-    def work(batch: list[Row], seed: int) -> BatchResult:
+    def work(batch: list[Row]) -> BatchResult:
         prompts = [row["prompt"] for row in batch]
         columns = {"target": "log_ppl"} | ({"response": "response_log_ppl"} if gap else {})
         scored: list[Row] = [dict(row) for row in batch]
@@ -34,7 +34,7 @@ def run(config: FilterPplConfig, step: Step) -> None:
         return BatchResult([(row, None) for row in scored])
 
     with step:
-        outcomes, _ = run_batches(step, rows, config.batch_size, config.seed, work)
+        outcomes, _ = run_batches(step, rows, config.batch_size, work)
         scored = [dict(row) for row, _ in outcomes]
         values = [row["log_ppl"] for row in scored if row["log_ppl"] is not None]
         too_high, threshold = rule(config, values)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sgpo_cli import prompts
 from sgpo_cli.artifacts import DATA_FILES
-from sgpo_cli.batches import BatchResult, Row, derive_seed, run_batches
+from sgpo_cli.batches import BatchResult, Row, run_batches, seeds_of
 from sgpo_cli.configs import GenPairsConfig
 from sgpo_cli.dataset import forbidden_tokens, read_dataset, set_aside
 from sgpo_cli.engines import Generation, Sampling, open_engine, token_counts
@@ -23,24 +23,21 @@ def run(config: GenPairsConfig, step: Step) -> None:
     )
     forbidden = forbidden_tokens(config, config.policy)
 
-    def work(batch: list[Row], seed: int) -> BatchResult:
+    answer = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    improve = Sampling(config.max_new_tokens, config.improver_temperature, config.improver_top_p)
+
+    def work(batch: list[Row]) -> BatchResult:
         asked = [row["prompt"] for row in batch]
-        answer = Sampling(config.max_new_tokens, config.temperature, config.top_p, derive_seed(seed, "policy"))
-        improve = Sampling(
-            config.max_new_tokens,
-            config.improver_temperature,
-            config.improver_top_p,
-            derive_seed(seed, "improver"),
-        )
         seconds: dict[str, float] = {}
         with stopwatch(seconds, "generation_seconds"):
-            responses = engine.generate(asked, answer)
+            responses = engine.generate(asked, answer, seeds_of(batch, config.seed, "policy"))
             better = engine.generate(
                 [
                     prompts.improve(prompt, response.text, request)
                     for prompt, response in zip(asked, responses, strict=True)
                 ],
                 improve,
+                seeds_of(batch, config.seed, "improver"),
             )
         pairs = [
             pairing.choose({"policy": response, "improver": improved})
@@ -50,7 +47,7 @@ def run(config: GenPairsConfig, step: Step) -> None:
         return BatchResult(outcomes, seconds | token_counts([*responses, *better]))
 
     with step:
-        outcomes, stats = run_batches(step, rows, config.batch_size, config.seed, work)
+        outcomes, stats = run_batches(step, rows, config.batch_size, work)
         counts = step.write_rows(chain(set_aside(rows), outcomes))
         step.finish(DATA_FILES, {**counts, **stats, "improver_prompt": request})
 

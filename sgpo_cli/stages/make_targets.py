@@ -5,7 +5,7 @@ from typing import Any
 
 from sgpo_cli import prompts
 from sgpo_cli.artifacts import DATA_FILES
-from sgpo_cli.batches import BatchResult, Row, derive_seed, run_batches
+from sgpo_cli.batches import BatchResult, Row, run_batches, seeds_of
 from sgpo_cli.configs import MakeTargetsConfig
 from sgpo_cli.dataset import forbidden_tokens, read_dataset, set_aside
 from sgpo_cli.engines import Generation, Sampling, open_engine, token_counts
@@ -24,22 +24,25 @@ def run(config: MakeTargetsConfig, step: Step) -> None:
         config.teacher,
         policy,
         prompts.load(config.teacher_prompt),
-        lambda seed: Sampling(config.teacher_max_new_tokens, config.teacher_temperature, seed=seed),
+        Sampling(config.teacher_max_new_tokens, config.teacher_temperature),
         **settings,
     )
     forbidden = forbidden_tokens(config, config.policy)
 
-    def work(batch: list[Row], seed: int) -> BatchResult:
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+
+    def work(batch: list[Row]) -> BatchResult:
         seconds: dict[str, float] = {}
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, derive_seed(seed, "policy"))
         with stopwatch(seconds, "generation_seconds"):
-            responses = policy.generate([row["prompt"] for row in batch], sampling)
+            responses = policy.generate(
+                [row["prompt"] for row in batch], sampling, seeds_of(batch, config.seed, "policy")
+            )
         answered = [
             {**_identity(row), "response": response.text, "reference": row["reference"]}
             for row, response in zip(batch, responses, strict=True)
         ]
         with stopwatch(seconds, "generation_seconds"):
-            targets = teacher.improve(answered, derive_seed(seed, "teacher"))
+            targets = teacher.improve(answered, seeds_of(batch, config.seed, "teacher"))
         outcomes = [
             _outcome(row, response, target, forbidden)
             for row, response, target in zip(answered, responses, targets, strict=True)
@@ -47,7 +50,7 @@ def run(config: MakeTargetsConfig, step: Step) -> None:
         return BatchResult(outcomes, seconds | token_counts([*responses, *targets]))
 
     with step:
-        outcomes, stats = run_batches(step, rows, config.batch_size, config.seed, work)
+        outcomes, stats = run_batches(step, rows, config.batch_size, work)
         counts = step.write_rows(chain(set_aside(rows), outcomes))
         step.finish(DATA_FILES, {**counts, **stats})
 
