@@ -19,6 +19,7 @@ import typer
 
 from sgpo_cli import __version__, exits
 from sgpo_cli.configs import STAGES, StageConfig, own_options
+from sgpo_cli.remote.secret import guard_streams
 
 PASS_THROUGH = {
     "allow_extra_args": True,
@@ -42,6 +43,9 @@ SeedFlag = Annotated[int | None, typer.Option("--seed", help="Use this seed in e
 FreshFlag = Annotated[
     bool, typer.Option("--fresh", help="Move an earlier output aside (NAME.old-1, -2, ...) and run anew.")
 ]
+DryRunFlag = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done and what it would cost, and stop.")
+]
 VerboseFlag = Annotated[
     bool, typer.Option("--verbose", help="Show more, such as training examples with their labels.")
 ]
@@ -50,6 +54,7 @@ DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of 
 
 def main() -> None:
     """Entry point of the console script."""
+    guard_streams()
     # Set before any import of theirs: no pings to the Hub, no notices about experimental modules.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -69,7 +74,7 @@ def _flag(field: Field[Any]) -> inspect.Parameter:
     """The command-line flag of a config field; None means "not given"."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     shown = "" if default in (MISSING, None, {}, []) else f" [default: {default}]"
-    required = " [required]" if default is MISSING or default == [] else ""
+    required = " [required]" if default is MISSING else ""
     option = typer.Option(
         "--" + field.name.replace("_", "-"),
         help=field.metadata["help"] + shown + required,
@@ -108,6 +113,7 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
         step: StepFlag = None,
         run_dir: RunDirFlag = None,
         fresh: FreshFlag = False,
+        dry_run: DryRunFlag = False,
         verbose: VerboseFlag = False,
         debug: DebugFlag = False,
         **flags: Any,
@@ -116,10 +122,18 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
             _configure_logging(verbose)
             values = {name: value for name, value in flags.items() if value not in (None, [])}
             config = _config(stage, recipe, step, run_dir, values | trailing_options(ctx.args))
-            run_stage(stage, config, fresh=fresh)
+            if dry_run:
+                _dry_run(stage, config)
+            else:
+                run_stage(stage, config, fresh=fresh)
 
     own = [_flag(field) for field in own_options(config).values()]
-    common = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    left_out = () if config.DRY_RUN else ("dry_run",)
+    common = [
+        parameter
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in left_out
+    ]
     signature = inspect.Signature([*common[:1], *own, *(p.replace(kind=p.KEYWORD_ONLY) for p in common[1:])])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
@@ -181,7 +195,21 @@ def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
     identity.check_inputs(config)
     module = importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}")
     module.run(config, step)
-    _print_summary(Path(config.output_dir), artifacts.read_manifest(step.directory) or {})
+    manifest = artifacts.read_manifest(step.directory)
+    if manifest is not None:  # a step may stop on purpose before its end
+        _print_summary(Path(config.output_dir), manifest)
+
+
+def _dry_run(stage: str, config: StageConfig) -> None:
+    """Print what a step would do; reads its inputs, sends and writes nothing."""
+    import importlib
+
+    from sgpo_cli import identity
+
+    identity.request_of(stage, config)
+    identity.check_inputs(config)
+    for line in importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").dry_run(config):
+        typer.echo(line)
 
 
 def _config(

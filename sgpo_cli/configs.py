@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Share = Annotated[float, Ge(0), Le(1)]
 Temperature = Annotated[float, Ge(0), Le(10)]
 TopP = Annotated[float, Gt(0), Le(1)]
+Rate = Annotated[float, Gt(0)]
 
 TRAINER_KEY = "trainer"  # the field that holds options for TRL
 
@@ -27,11 +28,12 @@ def option(help: str, default: Any = MISSING, *, kind: str = "value") -> Any:
     Args:
         kind: how it enters the request of a step. "value": as it is. "data", "model": the digest of what
             it names. "teacher": the digest of the model it names, if any. "prompt": the prompt's text.
+            "url": the address without credentials and query.
             "guard": not at all, because it can stop a run but never change its output.
     """
     metadata = {"help": help, "kind": kind}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -41,6 +43,7 @@ class StageConfig:
 
     VERSION: ClassVar[int] = 1  # raised by hand when the same request would give another output
     TRAINER: ClassVar[str] = ""  # which of TRL's trainers takes further options: "sft", "dpo" or none
+    DRY_RUN: ClassVar[bool] = False  # whether the stage's module can say beforehand what it would do and cost
 
     output_dir: str = option("Directory to write; a step has exactly one.", kind="guard")
     seed: Seed = option("Seed of everything random in this step.", 42)
@@ -87,6 +90,37 @@ class GenerateConfig(DataConfig):
 
 
 @dataclass(kw_only=True)
+class RemoteConfig(GenerateConfig):
+    """A stage that can ask servers."""
+
+    allow_insecure: bool = option("Send an API key over plain http, also to other machines.", False, kind="guard")
+    concurrency: Count = option("Requests at a time; fewer while the server says it is too many.", 32, kind="guard")
+    requests_per_minute: Rate | None = option("Send no more requests than this.", None, kind="guard")
+    tokens_per_minute: Rate | None = option("Use no more tokens than this, in and out.", None, kind="guard")
+    request_timeout: Rate = option("Seconds for one call, all in all.", 300.0, kind="guard")
+    max_attempts: Count = option("Tries for one row; then it counts as failed.", 8, kind="guard")
+    max_wait: Rate = option("Longest wait, in seconds, that a server may ask for.", 600.0, kind="guard")
+    max_outage: Rate = option("Stop when nothing has worked for so many seconds.", 60.0, kind="guard")
+    max_failed: Annotated[int, Ge(0)] = option(
+        "Failed rows to accept; with more, the step stays open and another run asks for them again.",
+        0,
+        kind="guard",
+    )
+    price: dict[str, Any] = option(
+        'Price per million tokens, such as {"input": 2.5, "output": 10}; also cached_input, and batch (a factor).',
+        {},
+        kind="guard",
+    )
+    max_cost: Rate | None = option("Stop before the step costs more, over all its runs.", None, kind="guard")
+    max_tokens: Count | None = option("Stop before the step uses more tokens, over all its runs.", None, kind="guard")
+    max_tokens_field: str = option("What the server calls the limit on new tokens.", "max_tokens")
+    reasoning_effort: str | None = option("For reasoning models: low, medium, high ...", None)
+    thinking: Literal["strip", "keep"] = option("What to do with <think>...</think> in an answer.", "strip")
+    extra_body: dict[str, Any] = option("Further fields for the request's body.", {})
+    drop_params: list[str] = option("Fields that the server does not take, such as temperature; repeat the flag.", [])
+
+
+@dataclass(kw_only=True)
 class TrainConfig(DataConfig):
     """A stage that trains through TRL; any field of TRL's configs is an option too."""
 
@@ -120,18 +154,39 @@ class SftConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class MakeTargetsConfig(GenerateConfig):
+class MakeTargetsConfig(RemoteConfig):
     """The policy answers the prompts, a teacher improves its answers: targets for the improver."""
+
+    DRY_RUN: ClassVar[bool] = True
 
     policy: str = option("The model that answers: M0.", kind="model")
     teacher: str = option(
-        "Who improves the answers: hf:PATH_OR_NAME (a local model), self (the policy, seeing the reference), "
-        "reference (the reference answer itself), demo or demo:JUNK_SHARE (the demo world's rule).",
+        "Who improves the answers: openai:MODEL (any OpenAI-compatible server), hf:PATH_OR_NAME (a local model), "
+        "self (the policy, seeing the reference), reference (the reference answer itself), demo or "
+        "demo:JUNK_SHARE (the demo world's rule).",
         kind="teacher",
     )
+    teacher_base_url: str = option("Address of the server of openai:MODEL.", "https://api.openai.com/v1", kind="url")
+    teacher_api_key_env: str = option(
+        "Environment variable that holds the API key; '' for none.", "OPENAI_API_KEY", kind="guard"
+    )
+    teacher_api_key_file: str | None = option("File that holds the API key, instead.", None, kind="guard")
     teacher_prompt: str = option("Text file with the teacher's instructions.", "teacher", kind="prompt")
     teacher_max_new_tokens: Count = option("Longest target, in tokens.", 1024)
     teacher_temperature: Temperature = option("Sampling temperature of the teacher; 0 is greedy.", 0.0)
+    gates: list[str] = option(
+        "Checks that a target must pass, of unchanged, copy, meta_talk, language, length_ratio; 'none' for none.",
+        ["unchanged", "copy", "meta_talk", "language", "length_ratio"],
+    )
+    max_length_ratio: Annotated[float, Ge(1)] = option(
+        "For the gate length_ratio: how many times longer or shorter than response and reference a target may be.", 3.0
+    )
+    batch_out: str | None = option(
+        "Write the teacher's requests to this file, in the format of batch services, and stop.", None, kind="guard"
+    )
+    batch_in: str | None = option(
+        "Read the teacher's answers from this file of a batch service; nothing is sent.", None, kind="guard"
+    )
 
 
 @dataclass(kw_only=True)

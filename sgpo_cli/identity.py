@@ -10,6 +10,7 @@ from typing import Any
 from sgpo_cli import artifacts, prompts
 from sgpo_cli.configs import StageConfig, own_options
 from sgpo_cli.errors import UsageError
+from sgpo_cli.remote.endpoint import clean_url
 from sgpo_cli.step import Request
 
 HUB_SECONDS = 5.0
@@ -27,6 +28,8 @@ def request_of(stage: str, config: StageConfig) -> Request:
         kind, value = field.metadata["kind"], getattr(config, name)
         if kind == "prompt" and value is not None:
             values[name] = prompts.load(value)
+        elif kind == "url":
+            values[name] = clean_url(value)
         elif kind in ("value", "prompt", "teacher"):
             values[name] = value
     inputs = {name: _digest(source, kind) for name, source, kind in sources(config)}

@@ -4,20 +4,12 @@ A pairing is a name, the candidates it needs and a pure function from them to (c
 method is another function here; gen-pairs generates the candidates that are asked for and no others.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from sgpo_cli.engines.base import Generation
 from sgpo_cli.errors import UsageError
-from sgpo_cli.schema import FORBIDDEN, blank
-
-# An introduction instead of an answer: DPO would learn it within a few steps.
-META_TALK = re.compile(
-    r"\s*(sure|certainly|of course|okay|ok)?[\s,!.:]*(here('s| is| are)|below is|this is)\b.{0,40}"
-    r"\b(improved|revised|better|corrected|updated|rewritten|enhanced)\b",
-    re.IGNORECASE,
-)
+from sgpo_cli.gates import META_TALK, text_problem
 
 
 @dataclass(frozen=True)
@@ -38,21 +30,6 @@ def find_pairing(name: str) -> Pairing:
     if name not in PAIRINGS:
         raise UsageError(f"no pairing '{name}'", f"pairings: {', '.join(PAIRINGS)}")
     return PAIRINGS[name]
-
-
-def text_problem(text: Generation, control_tokens: Collection[str] = ()) -> str | None:
-    """Why a generated text cannot be trained on, or None."""
-    if text.finish_reason == "too_long":
-        return "too_long"
-    if blank(text.text):
-        return "empty"
-    if text.finish_reason == "length":
-        return "cut"
-    if FORBIDDEN.search(text.text):
-        return "control_character"
-    if any(token in text.text for token in control_tokens):
-        return "control_token"
-    return None
 
 
 def pair_problem(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 logger = logging.getLogger(__name__)
 LINE_SECONDS = 10.0
+LIVE_SECONDS = 0.1
 
 
 class RowProgress:
@@ -21,11 +22,14 @@ class RowProgress:
         what: the label, e.g. "gen-pairs".
         total: rows in all.
         done: rows that an earlier run has already finished.
+        note: what else to show, such as the cost.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, note: Callable[[], str] = lambda: "") -> None:
         self._what, self._total, self._done, self._before = what, total, done, done
+        self._note = note
         self._tokens = 0
+        self._shown = 0.0
         self._started = self._printed = time.monotonic()
         console = Console(stderr=True)
         self._bar = Progress(
@@ -45,13 +49,30 @@ class RowProgress:
         self._bar.start()
         return self
 
+    def reuse(self, rows: int) -> None:
+        """Rows that turn out to be done already."""
+        self._done += rows
+        self._before += rows
+
+    @property
+    def done(self) -> int:
+        return self._done
+
+    @property
+    def total(self) -> int:
+        return self._total
+
     def advance(self, rows: int, tokens: int = 0) -> None:
         self._done += rows
         self._tokens += tokens
         now = time.monotonic()
+        if now - self._shown < LIVE_SECONDS and self._done < self._total:
+            return
+        self._shown = now
         elapsed = max(now - self._started, 1e-9)
         rate = (self._done - self._before) / elapsed
-        speed = f"{rate:.0f} rows/s" + (f", {self._tokens / elapsed:.0f} tokens/s" if self._tokens else "")
+        speed = f"{rate:.3g} rows/s" + (f", {self._tokens / elapsed:.0f} tokens/s" if self._tokens else "")
+        speed += self._note()
         self._bar.update(self._task, completed=self._done, rate=speed)
         if self._bar.disable and (now - self._printed > LINE_SECONDS or self._done == self._total):
             self._printed = now

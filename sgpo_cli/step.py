@@ -34,6 +34,7 @@ from sgpo_cli.errors import IncompleteError, IntegrityError, LockedError, StaleE
 from sgpo_cli.journal import Journal
 
 logger = logging.getLogger(__name__)
+LOGS = ("parts", "paid")  # directories of logs
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,15 @@ class Step:
     def _files_besides_our_first(self) -> list[str]:
         """What lies in the directory besides the files that every step writes at its start."""
         first = (".lock", REQUEST, REQUEST + ".tmp")
-        return sorted(path.name for path in self.directory.iterdir() if path.name not in first)
+        return sorted(
+            path.name
+            for path in self.directory.iterdir()
+            if path.name not in first
+            and not (path.name in LOGS and not any(file.stat().st_size for file in path.iterdir()))
+        )
 
-    def journal(self, rank: int = 0) -> Journal:
-        return Journal(self.directory / "parts", rank)
+    def journal(self, rank: int = 0, name: str = "rank") -> Journal:
+        return Journal(self.directory / "parts", rank, name)
 
     def write_rows(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
         """Write `train.jsonl` and `rejects.jsonl` in the given order; returns the manifest's counts."""

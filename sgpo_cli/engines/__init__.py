@@ -4,6 +4,6 @@ An engine is named by a string; its module is imported when it is used, so what 
 matters to who asks for it.
 """
 
-from sgpo_cli.engines.base import Engine, Generation, Sampling, open_engine, token_counts
+from sgpo_cli.engines.base import Engine, Generation, LazyEngine, Sampling, check_engine, open_engine, token_counts
 
-__all__ = ["Engine", "Generation", "Sampling", "open_engine", "token_counts"]
+__all__ = ["Engine", "Generation", "LazyEngine", "Sampling", "check_engine", "open_engine", "token_counts"]

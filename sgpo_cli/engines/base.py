@@ -1,9 +1,10 @@
 """The seam that every engine fits, and the table that finds one by name."""
 
+import gc
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from sgpo_cli.errors import UsageError
 
@@ -19,13 +20,20 @@ class Sampling:
     top_p: float = 1.0
 
 
+# Why a text ended. "length": cut at the token limit. "too_long": the conversation does not fit in the model's
+# context. Only of servers: "filtered" and "refused" (the model will not say it), "empty", "too_large",
+# "bad_request" (the server takes no such request), "secret" (the text held the API key), "failed" (given up).
+FinishReason = Literal[
+    "stop", "length", "too_long", "filtered", "refused", "empty", "too_large", "bad_request", "secret", "failed"
+]
+
+
 @dataclass(frozen=True)
 class Generation:
-    """One text. `finish_reason` is "length" when it was cut at the token limit, and "too_long" when the
-    conversation does not fit in the model's context: then there is no text."""
+    """One text; only with "stop" is it a whole one."""
 
     text: str
-    finish_reason: Literal["stop", "length", "too_long"]
+    finish_reason: FinishReason
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -44,6 +52,50 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a server was asked for: the texts, read from disk, and what to record of it."""
+
+    texts: Sequence[Generation]
+    facts: dict[str, Any]
+
+
+@runtime_checkable
+class AsksServer(Protocol):
+    """An engine that keeps its answers itself, one by one, because each of them was paid for."""
+
+    def ask_all(
+        self,
+        paid: Any,
+        conversations: Sequence[list[Message]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        label: str,
+    ) -> Asked:
+        """A text per conversation; `paid` (remote.paid.Paid) holds what earlier runs got, and takes the rest."""
+        ...
+
+
+class LazyEngine:
+    """An engine that is loaded when it is first used, and can be put away again."""
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self._load = load
+        self._engine: Engine | None = None
+
+    def generate(
+        self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        if self._engine is None:
+            self._engine = self._load()
+        return self._engine.generate(conversations, sampling, seeds)
+
+    def unload(self) -> None:
+        """Give its memory back."""
+        self._engine = None
+        gc.collect()
+
+
 def token_counts(generations: Iterable[Generation]) -> dict[str, float]:
     """Tokens in and out, to add up."""
     pairs = [(text.prompt_tokens, text.completion_tokens) for text in generations]
@@ -59,6 +111,17 @@ ENGINES = {
 }
 
 
+def check_engine(name: str) -> str:
+    """The place of the engine's class.
+
+    Raises:
+        UsageError: no such engine.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"no engine '{name}'", f"engines: {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
 def open_engine(name: str, model: str, **settings: Any) -> Engine:
     """The engine `name` with `model` loaded.
 
@@ -68,9 +131,7 @@ def open_engine(name: str, model: str, **settings: Any) -> Engine:
     Raises:
         UsageError: no such engine, or its package is not installed.
     """
-    if name not in ENGINES:
-        raise UsageError(f"no engine '{name}'", f"engines: {', '.join(ENGINES)}")
-    module_name, _, class_name = ENGINES[name].partition(":")
+    module_name, _, class_name = check_engine(name).partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

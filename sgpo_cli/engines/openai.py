@@ -1,0 +1,271 @@
+"""Generation by any server that speaks OpenAI's chat completions, through the `openai` package.
+
+The package signs and sends; retrying (`max_retries=0`), reading answers and keeping them is ours
+(`sgpo_cli.remote`), because its own retries multiply, its time-out is per read and not per call, and it
+hands on HTML as a result.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, overload
+
+import httpx2 as httpx
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
+
+from sgpo_cli.engines.base import Asked, Generation, Message, Sampling
+from sgpo_cli.errors import IncompleteError, RemoteError
+from sgpo_cli.progress import RowProgress
+from sgpo_cli.remote.answer import Answer, RowRefused, Transient
+from sgpo_cli.remote.asker import Asker, Patience, Question, Response, Send
+from sgpo_cli.remote.budget import Budget, Prices
+from sgpo_cli.remote.endpoint import Endpoint
+from sgpo_cli.remote.gate import Limits
+from sgpo_cli.remote.paid import Paid, number_of
+from sgpo_cli.remote.secret import redact, redact_bytes
+
+MAX_ANSWER_BYTES = 1 << 20
+CONNECT_SECONDS = 10.0
+PLACEHOLDER = "no-key-needed"  # the package insists on a key; local servers do not look at it
+PATH = "/chat/completions"
+
+
+class RequestForm:
+    """How a conversation becomes a request's body, and the body its identity.
+
+    Args:
+        extra: further fields of the body; they win over ours.
+        drop: our fields that this server does not take.
+        max_tokens_field: what this server calls the limit on new tokens.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        drop: Sequence[str] = (),
+        max_tokens_field: str = "max_tokens",
+        reasoning_effort: str | None = None,
+    ) -> None:
+        self._url, self._model, self._extra, self._drop = url, model, dict(extra or {}), set(drop)
+        self._max_tokens_field, self._reasoning_effort = max_tokens_field, reasoning_effort
+
+    def body(self, messages: list[Message], sampling: Sampling, seed: int) -> dict[str, Any]:
+        """The fields of the request; sampled texts carry their seed, greedy ones have none."""
+        fields: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            self._max_tokens_field: sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+        }
+        if sampling.temperature:
+            fields |= {"top_p": sampling.top_p, "seed": seed % 2**31}  # some servers take 32 bits
+        if self._reasoning_effort:
+            fields["reasoning_effort"] = self._reasoning_effort
+        return {name: value for name, value in fields.items() if name not in self._drop} | self._extra
+
+    def key(self, body: Mapping[str, Any], seed: int, sampled: bool) -> str:
+        """The identity of a request: 32 hex digits of address, body and, if it is sampled, sample."""
+        content = [self._url, body, seed if sampled else 0]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def questions(
+        self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[Question]:
+        """One request per conversation, made when it is asked for."""
+        sampled = bool(sampling.temperature)
+        for row, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
+            body = self.body(messages, sampling, seed)
+            yield Question(row, self.key(body, seed, sampled), body)
+
+
+class _CappedStream(httpx.AsyncByteStream):
+    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for chunk in self._stream:
+            size += len(chunk)
+            if size > MAX_ANSWER_BYTES:
+                raise RowRefused("too_large", f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _cap(response: httpx.Response) -> None:
+    """Stop reading an answer that is too large to be one; a hook, so that proxies of the environment stay."""
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    response.stream = _CappedStream(response.stream)
+
+
+@asynccontextmanager
+async def connection(endpoint: Endpoint, *, timeout: float, concurrency: int) -> AsyncIterator[Send]:
+    """A function that sends one body to an endpoint."""
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    client = AsyncOpenAI(
+        api_key=endpoint.key.reveal() if endpoint.key else PLACEHOLDER,
+        base_url=endpoint.url,
+        default_query=endpoint.query,
+        max_retries=0,
+        timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+        http_client=DefaultAsyncHttpxClient(follow_redirects=False, limits=limits, event_hooks={"response": [_cap]}),
+    )
+
+    async def send(body: Mapping[str, Any]) -> Response:
+        try:
+            response = await client.post(PATH, cast_to=httpx.Response, body=body)
+        except APIStatusError as error:
+            response = error.response
+        except APIConnectionError as error:
+            if isinstance(error.__cause__, RowRefused):
+                raise error.__cause__ from None
+            kind = "timeout" if isinstance(error.__cause__, httpx.TimeoutException) else "connection"
+            raise Transient(kind, redact(f"{endpoint.url}: {error.__cause__ or error}")) from None
+        return response.status_code, response.headers, redact_bytes(response.content)
+
+    async with client:
+        yield send
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a server is to be asked: how fast, how long, for how much; and how many rows may fail."""
+
+    limits: Limits
+    patience: Patience
+    prices: Prices | None = None
+    budget: Budget | None = None
+    max_failed: int = 0
+    thinking: bool = False
+
+
+class OpenAIEngine:
+    """A model behind an OpenAI-compatible server."""
+
+    def __init__(self, endpoint: Endpoint, form: RequestForm, terms: Terms) -> None:
+        self.endpoint, self.form, self.terms = endpoint, form, terms
+
+    def ask_all(
+        self,
+        paid: Paid,
+        conversations: Sequence[list[Message]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        label: str,
+    ) -> Asked:
+        """A text per conversation; answers that are there already are not asked for again.
+
+        Raises:
+            RemoteError: the server refuses, is gone, or the budget is reached.
+            IncompleteError: more rows failed than may; all others are kept.
+        """
+        numbers = array("Q")
+        reused = 0
+
+        def wanted() -> Iterator[Question]:
+            nonlocal reused
+            for question in self.form.questions(conversations, sampling, seeds):
+                numbers.append(number_of(question.key))
+                if paid.claim(numbers[-1]):
+                    yield question
+                else:
+                    reused += 1
+                    progress.reuse(1)
+
+        with RowProgress(label, len(conversations), note=lambda: self._note(asker, paid, progress)) as progress:
+            asker = self._asker(paid, lambda answer: progress.advance(1, answer.completion_tokens))
+            try:
+                asker.run(wanted())
+            except RemoteError as error:
+                raise RemoteError(f"{self.endpoint.url}: {error}", error.hint) from None
+        paid.index()
+        texts = PaidTexts(paid, numbers)
+        missing = sum(paid.find(number) is None for number in numbers) if asker.failed else 0
+        if missing > self.terms.max_failed:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in asker.failure_kinds())
+            raise IncompleteError(
+                f"{self.endpoint.url}: {missing} of {len(numbers)} rows failed after retries ({kinds}), "
+                f"--max-failed is {self.terms.max_failed}; the other answers are kept",
+                "run the same command again: only the failed rows are asked for again",
+            )
+        return Asked(texts, self._facts(asker, paid, texts, reused, missing))
+
+    def _asker(self, paid: Paid, on_answer: Any) -> Asker:
+        terms = self.terms
+        return Asker(
+            lambda: connection(self.endpoint, timeout=terms.patience.timeout, concurrency=terms.limits.concurrency),
+            terms.limits,
+            terms.patience,
+            paid,
+            prices=terms.prices,
+            budget=terms.budget,
+            thinking=terms.thinking,
+            on_answer=on_answer,
+        )
+
+    def _note(self, asker: Asker, paid: Paid, progress: RowProgress) -> str:
+        """For the live line: cost so far and in the end, and what had to be tried again."""
+        note = ""
+        if self.terms.prices is not None and asker.answers:
+            left = max(progress.total - progress.done, 0)
+            note += f", cost {paid.cost:.2f} of about {paid.cost + left * asker.cost / asker.answers:.2f}"
+        if asker.retries:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in asker.retries.most_common(3))
+            note += f", {asker.retries.total()} retries ({kinds})"
+        return note
+
+    def _facts(self, asker: Asker, paid: Paid, texts: "PaidTexts", reused: int, failed: int) -> dict[str, Any]:
+        """For the manifest: the answers of this output, the bill of all runs, and the faults of the last."""
+        used = [0, 0]
+        for text in texts:
+            used[0] += text.prompt_tokens
+            used[1] += text.completion_tokens
+        facts: dict[str, Any] = {
+            "url": self.endpoint.url,
+            "prompt_tokens": used[0],
+            "completion_tokens": used[1],
+            "paid_tokens": paid.tokens,
+            "requests": asker.requests,
+            "reused": reused,
+            "failed": failed,
+            "retries": dict(sorted(asker.retries.items())),
+            "usage_estimated": asker.estimated,
+            "lowest_concurrency": asker.gate.lowest,
+            "models": sorted(asker.models),
+            "fingerprints": sorted(asker.fingerprints),
+        }
+        return facts | ({"cost": round(paid.cost, 6)} if self.terms.prices is not None else {})
+
+
+class PaidTexts(Sequence[Generation]):
+    """The texts of requests, by their numbers, read from the log; one that has no answer has failed."""
+
+    def __init__(self, paid: Paid, numbers: "array[int]") -> None:
+        self._paid, self._numbers = paid, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Generation: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Generation]: ...
+    def __getitem__(self, place: int | slice) -> Generation | list[Generation]:
+        wanted = range(len(self))[place]
+        return self._text(wanted) if isinstance(wanted, int) else [self._text(each) for each in wanted]
+
+    def _text(self, place: int) -> Generation:
+        found = self._paid.find(self._numbers[place])
+        if found is None:
+            return Generation("", "failed")
+        answer: Answer = self._paid.read(found)
+        return Generation(answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens)

@@ -1,0 +1,151 @@
+"""Texts for all rows, pass by pass: each pass is kept as it is made, and continues where it was stopped.
+
+A local engine works in batches of fixed membership, journaled batch by batch. A server is asked for many
+rows at a time, and each answer is kept by the content of its request.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, overload
+
+from sgpo_cli.batches import Row, derive_seed
+from sgpo_cli.engines import Engine, Generation, Sampling, token_counts
+from sgpo_cli.engines.base import AsksServer, Message
+from sgpo_cli.journal import Journal
+from sgpo_cli.progress import RowProgress, stopwatch
+from sgpo_cli.remote.paid import Paid
+from sgpo_cli.step import Step
+
+T = TypeVar("T")
+
+
+class Lazy(Sequence[T], Generic[T]):
+    """A sequence whose items are made when they are asked for."""
+
+    def __init__(self, length: int, make: Callable[[int], T]) -> None:
+        self._length, self._make = length, make
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, place: int | slice) -> T | list[T]:
+        wanted = range(self._length)[place]
+        return self._make(wanted) if isinstance(wanted, int) else [self._make(each) for each in wanted]
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._make, range(self._length))
+
+
+def seeds_for(rows: Sequence[Row], seed: int, *parts: object) -> Sequence[int]:
+    """A seed per row for one purpose: it stays the row's own when the data set grows or is reordered."""
+    return Lazy(len(rows), lambda place: derive_seed(seed, *parts, rows[place]["id"]))
+
+
+class Passes:
+    """The passes of a step; `stats` adds up what they took and cost.
+
+    Args:
+        size: rows of a batch for local engines.
+    """
+
+    def __init__(self, step: Step, size: int) -> None:
+        self._step, self._size = step, size
+        self._open = ExitStack()
+        self._paid: Paid | None = None
+        self.stats: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def generate(
+        self,
+        name: str,
+        engine: Engine | AsksServer,
+        conversations: Sequence[list[Message]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Sequence[Generation]:
+        """A text per conversation, read from disk when it is asked for."""
+        if isinstance(engine, AsksServer):
+            asked = engine.ask_all(self.paid(), conversations, sampling, seeds, self._label(name))
+            self.stats[name] = asked.facts
+            return asked.texts
+        return self._in_batches(name, engine, conversations, sampling, seeds)
+
+    def paid(self) -> Paid:
+        """The log of paid answers of this step, opened once."""
+        if self._paid is None:
+            self._paid = self._open.enter_context(Paid(self._step.directory))
+        return self._paid
+
+    def _label(self, name: str) -> str:
+        return f"{self._step.request.stage}, {name}"
+
+    def _in_batches(
+        self,
+        name: str,
+        engine: Engine,
+        conversations: Sequence[list[Message]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Sequence[Generation]:
+        total, size = len(conversations), self._size
+        journal = self._step.journal(name=name)
+        self._open.callback(journal.close)
+        numbers = range(-(-total // size))
+        done = sum(min(size, total - number * size) for number in numbers if number in journal)
+        with RowProgress(self._label(name), total, done) as progress:
+            for number in numbers:
+                if number in journal:
+                    continue
+                rows = slice(number * size, (number + 1) * size)
+                seconds: dict[str, float] = {}
+                with stopwatch(seconds, "generation_seconds"):
+                    made = engine.generate(conversations[rows], sampling, seeds[rows])
+                stats = seconds | token_counts(made)
+                journal.append(number, {"texts": [_packed(text) for text in made], "stats": stats})
+                progress.advance(len(made), int(stats["completion_tokens"]))
+        for record in journal:
+            for key, value in record["stats"].items():
+                self.stats[key] = round(self.stats.get(key, 0) + value, 3)
+        return Texts(journal, total, size)
+
+
+class Texts(Sequence[Generation]):
+    """The texts of a journal, a batch of them in memory."""
+
+    def __init__(self, journal: Journal, length: int, size: int) -> None:
+        self._journal, self._length, self._size = journal, length, size
+        self._number, self._batch = -1, list[Generation]()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> Generation: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Generation]: ...
+    def __getitem__(self, place: int | slice) -> Generation | list[Generation]:
+        wanted = range(self._length)[place]
+        return self._text(wanted) if isinstance(wanted, int) else [self._text(each) for each in wanted]
+
+    def _text(self, place: int) -> Generation:
+        number, offset = divmod(place, self._size)
+        if number != self._number:
+            self._batch = [Generation(*packed) for packed in self._journal.read(number)["texts"]]
+            self._number = number
+        return self._batch[offset]
+
+
+def _packed(text: Generation) -> tuple[Any, ...]:
+    return text.text, text.finish_reason, text.prompt_tokens, text.completion_tokens
