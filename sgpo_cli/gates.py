@@ -20,6 +20,7 @@ META_TALK = re.compile(
 )
 CERTAIN = 0.95
 LETTERS = 60  # of fewer, a language is a guess
+SHORT = 100  # characters of difference that are never too many
 
 
 def text_problem(text: Generation, control_tokens: Collection[str] = ()) -> str | None:
@@ -52,8 +53,11 @@ def _meta_talk(target: Target) -> bool:
 
 
 def _length_ratio(target: Target) -> bool:
+    """Much longer than both others, or much shorter; of short texts, a ratio says little."""
     lengths = [len(text.strip()) for text in (target.response, target.reference)]
     length = len(target.text.strip())
+    if max(length - max(lengths), min(lengths) - length) <= SHORT:
+        return False
     return length > target.max_length_ratio * max(lengths) or length * target.max_length_ratio < min(lengths)
 
 

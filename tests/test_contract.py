@@ -165,7 +165,7 @@ def test_two_processes_on_one_directory(world: Path, sgpo: Sgpo) -> None:
     write_lines(world / "sft.jsonl", [{"prompt": f"thing {n}", "completion": "yes"} for n in range(30_000)])
     command = [sys.executable, "-m", "sgpo_cli", *TARGETS, "--batch-size", "4"]
     first = subprocess.Popen(command, cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(world / "out" / "parts" / "rank-0000.jsonl")
+    wait_for(world / "out" / "parts" / "policy-0000.jsonl")
     started = time.monotonic()
     second = sgpo(*TARGETS, "--batch-size", "4")
     first.kill()
@@ -194,7 +194,7 @@ def test_a_polite_stop_keeps_the_work_and_says_so(world: Path, sgpo: Sgpo, stop:
         # Tests that a shell runs in the background (`make test &`) inherit an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for(world / "out" / "parts" / "rank-0000.jsonl")
+    wait_for(world / "out" / "parts" / "policy-0000.jsonl")
     time.sleep(0.2)
     process.send_signal(stop)
     _, errors = process.communicate(timeout=20)
@@ -213,7 +213,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(world: Path, sgpo:
     recipe = """\
 run_dir: {0}
 steps:
-  targets: {{stage: make-targets, policy: model, dataset: sft.jsonl, teacher: self, engine: echo, batch_size: 4}}
+  targets:
+    {{stage: make-targets, policy: model, dataset: sft.jsonl, teacher: self, gates: [none], engine: echo, batch_size: 4}}
   pairs: {{stage: gen-pairs, policy: model, dataset: prompts.jsonl, engine: echo, batch_size: 4}}
 """
     for name in ("whole", "killed"):

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 MARGIN = 0.05  # our clock starts when the server's answer arrives; this covers what rounding takes off
-DEFAULT_WAIT = 1.0  # where a server says "too many" and not how long
+DEFAULT_WAIT = 0.25  # where a server says "too many" and not how long
 MAX_BLIND_WAIT = 60.0
 OUTAGE_FAILURES = 20
 
