@@ -214,7 +214,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(world: Path, sgpo:
 run_dir: {0}
 steps:
   targets:
-    {{stage: make-targets, policy: model, dataset: sft.jsonl, teacher: self, gates: [none], engine: echo, batch_size: 4}}
+    stage: make-targets
+    policy: model
+    dataset: sft.jsonl
+    teacher: self
+    gates: [none]
+    engine: echo
+    batch_size: 4
   pairs: {{stage: gen-pairs, policy: model, dataset: prompts.jsonl, engine: echo, batch_size: 4}}
 """
     for name in ("whole", "killed"):
