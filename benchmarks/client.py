@@ -26,10 +26,11 @@ from machine import write
 
 from sgpo_cli.engines import Sampling
 from sgpo_cli.engines import openai as engine_module
-from sgpo_cli.engines.openai import OpenAIEngine, RequestForm, Terms
+from sgpo_cli.engines.openai import OpenAIEngine, Terms
 from sgpo_cli.generation import Lazy
 from sgpo_cli.remote.asker import Patience, Response
 from sgpo_cli.remote.endpoint import open_endpoint
+from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.paid import Paid
 
@@ -64,9 +65,7 @@ def bare(url: str, mark: str) -> float:
 
             async def call(messages: Any) -> None:
                 async with semaphore:
-                    await client.chat.completions.create(
-                        model="m", messages=messages, max_tokens=64, temperature=0.0
-                    )
+                    await client.chat.completions.create(model="m", messages=messages, max_tokens=64, temperature=0.0)
 
             started = time.perf_counter()
             await asyncio.gather(*map(call, conversations(CALLS, mark)))
@@ -114,9 +113,11 @@ def peak_memory(rows: int) -> None:
 
     engine_module.connection = connection  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as directory, Paid(Path(directory)) as paid:
-        texts = engine("http://127.0.0.1:9/v1").ask_all(
-            paid, conversations(rows, "memory"), Sampling(64, 0.0), range(rows), "memory"
-        ).texts
+        texts = (
+            engine("http://127.0.0.1:9/v1")
+            .ask_all(paid, conversations(rows, "memory"), Sampling(64, 0.0), range(rows), "memory")
+            .texts
+        )
         assert sum(len(text.text) for text in texts) == 200 * rows
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 

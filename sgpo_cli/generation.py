@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, overload
 
 from sgpo_cli.batches import Row, derive_seed
-from sgpo_cli.engines import Engine, Generation, Sampling, token_counts
+from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, token_counts
 from sgpo_cli.engines.base import AsksServer, Message
 from sgpo_cli.journal import Journal
 from sgpo_cli.progress import RowProgress, stopwatch
@@ -104,6 +104,8 @@ class Passes:
         self._open.callback(journal.close)
         numbers = range(-(-total // size))
         done = sum(min(size, total - number * size) for number in numbers if number in journal)
+        if done < total and isinstance(engine, LazyEngine):
+            engine.load()  # not on the clock of generation
         with RowProgress(self._label(name), total, done) as progress:
             for number in numbers:
                 if number in journal:

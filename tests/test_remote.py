@@ -11,12 +11,13 @@ import pytest
 from fault_server import FAULTS, Choice, FaultServer, mixed, only, rate_limit, redirect, schedule, sequence
 
 from sgpo_cli.engines import Generation, Sampling
-from sgpo_cli.engines.openai import OpenAIEngine, RequestForm, Terms
+from sgpo_cli.engines.openai import OpenAIEngine, Terms
 from sgpo_cli.errors import IncompleteError, RemoteError, SgpoError, UsageError
 from sgpo_cli.remote.answer import strip_thinking
 from sgpo_cli.remote.asker import Patience
 from sgpo_cli.remote.budget import Budget, Prices
 from sgpo_cli.remote.endpoint import clean_url, open_endpoint
+from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.paid import Paid
 
@@ -149,6 +150,12 @@ class TestStopsAtOnce:
             assert time.monotonic() - started < 5
             assert len(server.requests) <= 8
             assert server.url in str(caught.value)
+
+    def test_a_model_that_is_not_there_is_told_with_those_that_are(self, directory: Path) -> None:
+        with FaultServer("model_not_found", models=("one", "two")) as server:
+            with pytest.raises(RemoteError, match="model teacher") as caught:
+                Client(server.url, directory).ask(5)
+            assert caught.value.hint == "it serves: one, two"
 
     def test_and_keeps_what_was_paid_for(self, directory: Path) -> None:
         with FaultServer(schedule((0, None), (0.5, "insufficient_quota")), latency=0.05) as server:
@@ -318,15 +325,16 @@ class TestBudget:
             assert len(server.requests) == 10
 
 
-@pytest.mark.parametrize(("seed", "share"), [(1, 0.3), (2, 0.3), (3, 0.6)])
+@pytest.mark.parametrize(("seed", "share"), [(1, 0.3), (2, 0.6)])
 def test_mixed_faults_change_nothing_but_the_time(seed: int, share: float, directory: Path, tmp_path: Path) -> None:
     (tmp_path / "calm").mkdir()
+    count = 60
     with FaultServer() as server:
-        calm = Client(server.url, tmp_path / "calm").ask(150)
+        calm = Client(server.url, tmp_path / "calm").ask(count)
     with FaultServer(mixed(share, seed, at_most=6), port=server.port) as server:
         client = Client(server.url, directory, concurrency=64, patience=Patience(timeout=2.0))
-        assert client.ask(150) == calm
-        assert sorted(server.paid.values()) == [1] * 150
+        assert client.ask(count) == calm
+        assert sorted(server.paid.values()) == [1] * count
 
 
 class TestAddresses:

@@ -86,9 +86,12 @@ class LazyEngine:
     def generate(
         self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Generation]:
+        return self.load().generate(conversations, sampling, seeds)
+
+    def load(self) -> Engine:
         if self._engine is None:
             self._engine = self._load()
-        return self._engine.generate(conversations, sampling, seeds)
+        return self._engine
 
     def unload(self) -> None:
         """Give its memory back."""

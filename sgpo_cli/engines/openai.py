@@ -5,8 +5,8 @@ The package signs and sends; retrying (`max_retries=0`), reading answers and kee
 hands on HTML as a result.
 """
 
-import hashlib
-import json
+import asyncio
+import logging
 from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import httpx2 as httpx
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from sgpo_cli.engines.base import Asked, Generation, Message, Sampling
 from sgpo_cli.errors import IncompleteError, RemoteError
@@ -23,66 +23,17 @@ from sgpo_cli.remote.answer import Answer, RowRefused, Transient
 from sgpo_cli.remote.asker import Asker, Patience, Question, Response, Send
 from sgpo_cli.remote.budget import Budget, Prices
 from sgpo_cli.remote.endpoint import Endpoint
+from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.paid import Paid, number_of
 from sgpo_cli.remote.secret import redact, redact_bytes
 
+logger = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 1 << 20
 CONNECT_SECONDS = 10.0
+MODELS_SECONDS = 2.0
 PLACEHOLDER = "no-key-needed"  # the package insists on a key; local servers do not look at it
 PATH = "/chat/completions"
-
-
-class RequestForm:
-    """How a conversation becomes a request's body, and the body its identity.
-
-    Args:
-        extra: further fields of the body; they win over ours.
-        drop: our fields that this server does not take.
-        max_tokens_field: what this server calls the limit on new tokens.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        extra: Mapping[str, Any] | None = None,
-        drop: Sequence[str] = (),
-        max_tokens_field: str = "max_tokens",
-        reasoning_effort: str | None = None,
-    ) -> None:
-        self._url, self._model, self._extra, self._drop = url, model, dict(extra or {}), set(drop)
-        self._max_tokens_field, self._reasoning_effort = max_tokens_field, reasoning_effort
-
-    def body(self, messages: list[Message], sampling: Sampling, seed: int) -> dict[str, Any]:
-        """The fields of the request; sampled texts carry their seed, greedy ones have none."""
-        fields: dict[str, Any] = {
-            "model": self._model,
-            "messages": messages,
-            self._max_tokens_field: sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-        }
-        if sampling.temperature:
-            fields |= {"top_p": sampling.top_p, "seed": seed % 2**31}  # some servers take 32 bits
-        if self._reasoning_effort:
-            fields["reasoning_effort"] = self._reasoning_effort
-        return {name: value for name, value in fields.items() if name not in self._drop} | self._extra
-
-    def key(self, body: Mapping[str, Any], seed: int, sampled: bool) -> str:
-        """The identity of a request: 32 hex digits of address, body and, if it is sampled, sample."""
-        content = [self._url, body, seed if sampled else 0]
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-    def questions(
-        self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
-    ) -> Iterator[Question]:
-        """One request per conversation, made when it is asked for."""
-        sampled = bool(sampling.temperature)
-        for row, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
-            body = self.body(messages, sampling, seed)
-            yield Question(row, self.key(body, seed, sampled), body)
 
 
 class _CappedStream(httpx.AsyncByteStream):
@@ -107,11 +58,9 @@ async def _cap(response: httpx.Response) -> None:
     response.stream = _CappedStream(response.stream)
 
 
-@asynccontextmanager
-async def connection(endpoint: Endpoint, *, timeout: float, concurrency: int) -> AsyncIterator[Send]:
-    """A function that sends one body to an endpoint."""
+def _client(endpoint: Endpoint, timeout: float, concurrency: int) -> AsyncOpenAI:
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    client = AsyncOpenAI(
+    return AsyncOpenAI(
         api_key=endpoint.key.reveal() if endpoint.key else PLACEHOLDER,
         base_url=endpoint.url,
         default_query=endpoint.query,
@@ -119,6 +68,12 @@ async def connection(endpoint: Endpoint, *, timeout: float, concurrency: int) ->
         timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
         http_client=DefaultAsyncHttpxClient(follow_redirects=False, limits=limits, event_hooks={"response": [_cap]}),
     )
+
+
+@asynccontextmanager
+async def connection(endpoint: Endpoint, *, timeout: float, concurrency: int) -> AsyncIterator[Send]:
+    """A function that sends one body to an endpoint."""
+    client = _client(endpoint, timeout, concurrency)
 
     async def send(body: Mapping[str, Any]) -> Response:
         try:
@@ -134,6 +89,16 @@ async def connection(endpoint: Endpoint, *, timeout: float, concurrency: int) ->
 
     async with client:
         yield send
+
+
+async def served_models(endpoint: Endpoint) -> list[str]:
+    """The names of the models that a server has, none where it does not tell."""
+    try:
+        async with asyncio.timeout(MODELS_SECONDS), _client(endpoint, MODELS_SECONDS, 1) as client:
+            page = await client.models.list()
+            return [redact(str(model.id)) for model in page.data[:20]]
+    except (OpenAIError, TimeoutError, TypeError, ValueError):
+        return []
 
 
 @dataclass(frozen=True)
@@ -186,8 +151,12 @@ class OpenAIEngine:
             try:
                 asker.run(wanted())
             except RemoteError as error:
-                raise RemoteError(f"{self.endpoint.url}: {error}", error.hint) from None
+                raise self._explained(error) from None
         paid.index()
+        if len(asker.models) > 1:
+            logger.warning(
+                "%s: answers came from several models: %s", self.endpoint.url, ", ".join(sorted(asker.models))
+            )
         texts = PaidTexts(paid, numbers)
         missing = sum(paid.find(number) is None for number in numbers) if asker.failed else 0
         if missing > self.terms.max_failed:
@@ -198,6 +167,14 @@ class OpenAIEngine:
                 "run the same command again: only the failed rows are asked for again",
             )
         return Asked(texts, self._facts(asker, paid, texts, reused, missing))
+
+    def _explained(self, error: RemoteError) -> RemoteError:
+        """The error with the server's address; where there is no such model, with those that there are."""
+        if "status 404" not in str(error):
+            return RemoteError(f"{self.endpoint.url}: {error}", error.hint)
+        served = asyncio.run(served_models(self.endpoint))
+        hint = f"it serves: {', '.join(served)}" if served else error.hint
+        return RemoteError(f"{self.endpoint.url}: model {self.form.model}: {error}", hint)
 
     def _asker(self, paid: Paid, on_answer: Any) -> Asker:
         terms = self.terms

@@ -7,6 +7,7 @@ from sgpo_cli.errors import UsageError
 from sgpo_cli.remote.asker import Patience
 from sgpo_cli.remote.budget import Budget, read_prices
 from sgpo_cli.remote.endpoint import open_endpoint
+from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.secret import read_key
 
@@ -25,7 +26,7 @@ def connect(config: RemoteConfig, model: str, url: str, key_env: str, key_file: 
         raise UsageError("--max-cost needs --price", 'for example --price \'{"input": 2.5, "output": 10}\'')
     endpoint = open_endpoint(url, read_key(key_env, key_file), allow_insecure=config.allow_insecure)
 
-    from sgpo_cli.engines.openai import OpenAIEngine, RequestForm, Terms  # imports the package
+    from sgpo_cli.engines.openai import OpenAIEngine, Terms  # imports the package
 
     form = RequestForm(
         endpoint.url,
