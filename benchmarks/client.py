@@ -44,7 +44,7 @@ def conversations(count: int, mark: str) -> Sequence[list[dict[str, str]]]:
 
 def engine(url: str) -> OpenAIEngine:
     endpoint = open_endpoint(url, None)
-    return OpenAIEngine(endpoint, RequestForm(endpoint.url, "m"), Terms(Limits(CONCURRENCY), Patience()))
+    return OpenAIEngine([endpoint], RequestForm(endpoint.url, "m"), Terms(Limits(CONCURRENCY), Patience()))
 
 
 def ours(url: str, mark: str) -> float:

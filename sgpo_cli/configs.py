@@ -6,6 +6,7 @@ pass through (`trl_options.py`).
 """
 
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -77,7 +78,10 @@ class GenerateConfig(DataConfig):
 
     VERSION: ClassVar[int] = 2  # 2: a seed per row instead of one per batch
 
-    engine: str = option("What generates: transformers, or echo (no model; for tests).", "transformers")
+    engine: str = option(
+        "What generates: transformers, openai (servers, see --base-url), or echo (no model; for tests).",
+        "transformers",
+    )
     batch_size: Count = option("Rows per batch; a batch is the unit of work that a stop can cost.", 64)
     max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)
     temperature: Temperature = option("Sampling temperature of the policy; 0 is greedy.", 1.0)
@@ -93,8 +97,15 @@ class GenerateConfig(DataConfig):
 class RemoteConfig(GenerateConfig):
     """A stage that can ask servers."""
 
+    base_url: str | None = option(
+        "For --engine openai: address of the server, or of several with commas between.", None, kind="guard"
+    )
+    api_key_env: str = option("Environment variable with its API key; '' for none.", "OPENAI_API_KEY", kind="guard")
+    api_key_file: str | None = option("File that holds its API key, instead.", None, kind="guard")
     allow_insecure: bool = option("Send an API key over plain http, also to other machines.", False, kind="guard")
-    concurrency: Count = option("Requests at a time; fewer while the server says it is too many.", 32, kind="guard")
+    concurrency: Count = option(
+        "Requests at a time, to each server; fewer while the server says it is too many.", 32, kind="guard"
+    )
     requests_per_minute: Rate | None = option("Send no more requests than this.", None, kind="guard")
     tokens_per_minute: Rate | None = option("Use no more tokens than this, in and out.", None, kind="guard")
     request_timeout: Rate = option("Seconds for one call, all in all.", 300.0, kind="guard")
@@ -118,6 +129,10 @@ class RemoteConfig(GenerateConfig):
     thinking: Literal["strip", "keep"] = option("What to do with <think>...</think> in an answer.", "strip")
     extra_body: dict[str, Any] = option("Further fields for the request's body.", {})
     drop_params: list[str] = option("Fields that the server does not take, such as temperature; repeat the flag.", [])
+
+    def is_served(self, model: str) -> bool:
+        """Whether a model is a name that a server knows, rather than something that can be read here."""
+        return self.engine == "openai" and not Path(model).exists()
 
 
 @dataclass(kw_only=True)
@@ -219,7 +234,7 @@ class TrainImproverConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class GenPairsConfig(GenerateConfig):
+class GenPairsConfig(RemoteConfig):
     """The model answers each prompt and improves its answer: chosen is the improvement."""
 
     policy: str = option("The model in both roles: M*.", kind="model")

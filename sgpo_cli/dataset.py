@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sgpo_cli.configs import DataConfig
+from sgpo_cli.configs import DataConfig, RemoteConfig
 from sgpo_cli.control_tokens import added_tokens, control_tokens
 from sgpo_cli.errors import UsageError
 from sgpo_cli.rows import Columns, Rows, read_rows
@@ -49,7 +49,7 @@ def read_dataset(config: DataConfig, needs: Sequence[str], model: str) -> Rows:
 
 def forbidden_tokens(config: DataConfig, model: str) -> list[str]:
     """The control tokens of a model that must not occur in text; none with `control_tokens: keep`."""
-    if config.control_tokens == "keep":
+    if config.control_tokens == "keep" or (isinstance(config, RemoteConfig) and config.is_served(model)):
         return []
     directory = Path(model)
     if not directory.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_cli import artifacts, prompts
-from sgpo_cli.configs import StageConfig, own_options
+from sgpo_cli.configs import RemoteConfig, StageConfig, own_options
 from sgpo_cli.errors import UsageError
 from sgpo_cli.remote.endpoint import clean_url
 from sgpo_cli.step import Request
@@ -30,7 +30,7 @@ def request_of(stage: str, config: StageConfig) -> Request:
             values[name] = prompts.load(value)
         elif kind == "url":
             values[name] = clean_url(value)
-        elif kind in ("value", "prompt", "teacher"):
+        elif kind in ("value", "prompt", "teacher") or (kind == "model" and _is_served(config, value)):
             values[name] = value
     inputs = {name: _digest(source, kind) for name, source, kind in sources(config)}
     return Request(stage, type(config).VERSION, values, inputs)
@@ -43,9 +43,14 @@ def sources(config: StageConfig) -> Iterator[tuple[str, str, str]]:
         if kind == "teacher" and value.startswith("hf:"):
             yield name, value.removeprefix("hf:"), "model"
         elif kind in ("data", "model") and isinstance(value, list):
-            yield from ((f"{name}.{number}", source, kind) for number, source in enumerate(value))
-        elif kind in ("data", "model"):
+            files = [source for source in value if kind == "data" or not _is_served(config, source)]
+            yield from ((f"{name}.{number}", source, kind) for number, source in enumerate(files))
+        elif kind == "data" or (kind == "model" and not _is_served(config, value)):
             yield name, value, kind
+
+
+def _is_served(config: StageConfig, model: object) -> bool:
+    return isinstance(config, RemoteConfig) and isinstance(model, str) and config.is_served(model)
 
 
 def refuse_nesting(config: StageConfig) -> None:

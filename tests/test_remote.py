@@ -16,7 +16,7 @@ from sgpo_cli.errors import IncompleteError, RemoteError, SgpoError, UsageError
 from sgpo_cli.remote.answer import strip_thinking
 from sgpo_cli.remote.asker import Patience
 from sgpo_cli.remote.budget import Budget, Prices
-from sgpo_cli.remote.endpoint import clean_url, open_endpoint
+from sgpo_cli.remote.endpoint import open_endpoint
 from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.paid import Paid
@@ -41,8 +41,8 @@ class Client:
         limits = terms.pop("limits", Limits(concurrency))
         form = {name: terms.pop(name) for name in ("extra", "drop", "max_tokens_field") if name in terms}
         self.engine = OpenAIEngine(
-            open_endpoint(url, None),
-            RequestForm(clean_url(url), "teacher", **form),
+            [open_endpoint(each, None) for each in url.split(",")],
+            RequestForm("", "teacher", **form),
             Terms(limits, terms.pop("patience", QUICK), **terms),
         )
         self.directory = directory
@@ -335,6 +335,28 @@ def test_mixed_faults_change_nothing_but_the_time(seed: int, share: float, direc
         client = Client(server.url, directory, concurrency=64, patience=Patience(timeout=2.0))
         assert client.ask(count) == calm
         assert sorted(server.paid.values()) == [1] * count
+
+
+class TestSeveralServers:
+    def test_share_the_work(self, directory: Path) -> None:
+        with FaultServer(latency=0.02) as one, FaultServer(latency=0.02) as two:
+            texts = Client(f"{one.url},{two.url}", directory, concurrency=4).ask(100)
+            assert {text.finish_reason for text in texts} == {"stop"}
+            assert min(len(one.requests), len(two.requests)) > 30
+            assert len(one.requests) + len(two.requests) == 100
+
+    def test_one_that_dies_stops_nobody(self, directory: Path) -> None:
+        with FaultServer(latency=0.02) as one, FaultServer("reset", latency=0.02) as two:
+            texts = Client(f"{one.url},{two.url}", directory, concurrency=4).ask(100)
+            assert {text.finish_reason for text in texts} == {"stop"}
+            assert sum(one.paid.values()) == 100
+            assert len(two.requests) < 40
+
+    def test_all_of_them_gone_is_an_outage(self, directory: Path) -> None:
+        with FaultServer("close") as one, FaultServer("reset") as two:
+            client = Client(f"{one.url},{two.url}", directory)
+            with pytest.raises(RemoteError, match="nothing has worked"):
+                client.ask(100)
 
 
 class TestAddresses:

@@ -353,6 +353,32 @@ def test_answers_go_through_gates_and_are_counted(world: Path, sgpo: Sgpo) -> No
     }
 
 
+def test_pairs_come_from_servers_too(world: Path, sgpo: Sgpo) -> None:
+    pairs = (
+        "gen-pairs",
+        "--dataset",
+        "prompts.jsonl",
+        "--engine",
+        "openai",
+        "--output-dir",
+        "out",
+        "--max-length-ratio",
+        9,
+    )
+    with FaultServer() as one, FaultServer(mixed(0.2, seed=1)) as two:
+        urls = f"{one.url},{two.url}"
+        result = sgpo(*pairs, "--policy", "served-name", "--base-url", urls, "--temperature", 0.7)
+        assert result.returncode == 0, result.stderr
+        sampled = [request.body for request in (*one.requests, *two.requests) if len(request.body["messages"]) == 1]
+        assert {body["temperature"] for body in sampled} == {0.7}
+        assert len({body["seed"] for body in sampled}) == 60
+        assert {body["model"] for body in sampled} == {"served-name"}
+    rows = read_lines(world / "out" / "train.jsonl")
+    assert len(rows) + len(read_lines(world / "out" / "rejects.jsonl")) == 60
+    assert sgpo(*pairs, "--policy", "served-name").returncode == 0  # up to date; where the servers were is no matter
+    assert sgpo(*pairs, "--policy", "other-name").returncode == 5
+
+
 def test_an_outage_ends_with_what_was_kept(world: Path, sgpo: Sgpo) -> None:
     write_lines(world / "sft.jsonl", rows(400))
     with FaultServer(schedule((0, None), (2.5, "close")), latency=0.1) as server:

@@ -121,7 +121,7 @@ def check_engine(name: str) -> str:
         UsageError: no such engine.
     """
     if name not in ENGINES:
-        raise UsageError(f"no engine '{name}'", f"engines: {', '.join(ENGINES)}")
+        raise UsageError(f"no engine '{name}'", f"engines: {', '.join(ENGINES)}, openai")
     return ENGINES[name]
 
 

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import httpx2 as httpx
@@ -114,10 +115,11 @@ class Terms:
 
 
 class OpenAIEngine:
-    """A model behind an OpenAI-compatible server."""
+    """A model behind an OpenAI-compatible server, or behind several that are asked in turn."""
 
-    def __init__(self, endpoint: Endpoint, form: RequestForm, terms: Terms) -> None:
-        self.endpoint, self.form, self.terms = endpoint, form, terms
+    def __init__(self, endpoints: Sequence[Endpoint], form: RequestForm, terms: Terms) -> None:
+        self.endpoints, self.form, self.terms = endpoints, form, terms
+        self.url = ", ".join(endpoint.url for endpoint in endpoints)
 
     def ask_all(
         self,
@@ -154,15 +156,13 @@ class OpenAIEngine:
                 raise self._explained(error) from None
         paid.index()
         if len(asker.models) > 1:
-            logger.warning(
-                "%s: answers came from several models: %s", self.endpoint.url, ", ".join(sorted(asker.models))
-            )
+            logger.warning("%s: answers came from several models: %s", self.url, ", ".join(sorted(asker.models)))
         texts = PaidTexts(paid, numbers)
         missing = sum(paid.find(number) is None for number in numbers) if asker.failed else 0
         if missing > self.terms.max_failed:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in asker.failure_kinds())
             raise IncompleteError(
-                f"{self.endpoint.url}: {missing} of {len(numbers)} rows failed after retries ({kinds}), "
+                f"{self.url}: {missing} of {len(numbers)} rows failed after retries ({kinds}), "
                 f"--max-failed is {self.terms.max_failed}; the other answers are kept",
                 "run the same command again: only the failed rows are asked for again",
             )
@@ -171,15 +171,18 @@ class OpenAIEngine:
     def _explained(self, error: RemoteError) -> RemoteError:
         """The error with the server's address; where there is no such model, with those that there are."""
         if "status 404" not in str(error):
-            return RemoteError(f"{self.endpoint.url}: {error}", error.hint)
-        served = asyncio.run(served_models(self.endpoint))
+            return RemoteError(f"{self.url}: {error}", error.hint)
+        served = asyncio.run(served_models(self.endpoints[0]))
         hint = f"it serves: {', '.join(served)}" if served else error.hint
-        return RemoteError(f"{self.endpoint.url}: model {self.form.model}: {error}", hint)
+        return RemoteError(f"{self.url}: model {self.form.model}: {error}", hint)
 
     def _asker(self, paid: Paid, on_answer: Any) -> Asker:
         terms = self.terms
         return Asker(
-            lambda: connection(self.endpoint, timeout=terms.patience.timeout, concurrency=terms.limits.concurrency),
+            [
+                partial(connection, each, timeout=terms.patience.timeout, concurrency=terms.limits.concurrency)
+                for each in self.endpoints
+            ],
             terms.limits,
             terms.patience,
             paid,
@@ -207,7 +210,7 @@ class OpenAIEngine:
             used[0] += text.prompt_tokens
             used[1] += text.completion_tokens
         facts: dict[str, Any] = {
-            "url": self.endpoint.url,
+            "url": self.url,
             "prompt_tokens": used[0],
             "completion_tokens": used[1],
             "paid_tokens": paid.tokens,
@@ -216,7 +219,7 @@ class OpenAIEngine:
             "failed": failed,
             "retries": dict(sorted(asker.retries.items())),
             "usage_estimated": asker.estimated,
-            "lowest_concurrency": asker.gate.lowest,
+            "lowest_concurrency": asker.lowest_concurrency,
             "models": sorted(asker.models),
             "fingerprints": sorted(asker.fingerprints),
         }

@@ -1,4 +1,4 @@
-"""Asks a server many questions: retries what may pass, stops at what will not, and keeps every paid answer.
+"""Asks servers many questions: retries what may pass, stops at what will not, keeps every paid answer.
 
 One policy, here and in `gate.py`: rate limits make everybody wait and count against nobody; failures of a
 request are tried again after a growing, random time; failures of the server as a whole end the run after a
@@ -8,11 +8,10 @@ while; what no retry can change ends it at once.
 import asyncio
 import logging
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from sgpo_cli.remote.answer import Answer, RateLimited, RowRefused, Transient, e
 from sgpo_cli.remote.budget import Budget, Prices
 from sgpo_cli.remote.gate import Gate, Limits
 from sgpo_cli.remote.paid import Paid
+from sgpo_cli.remote.signals import gently
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ Response = tuple[int, Mapping[str, str], bytes]
 Send = Callable[[Mapping[str, Any]], Awaitable[Response]]
 """Sends one request's body; raises Transient without a response, RowRefused for one that is too large."""
 Connection = Callable[[], AbstractAsyncContextManager[Send]]
-"""Opens what sends, in the event loop that it is used in."""
+"""Opens what sends to one server, in the event loop that it is used in."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Question:
     body: Mapping[str, Any]
     attempts: int = 0
     empty: int = 0
+    server: int = 0
 
     @property
     def text(self) -> str:
@@ -71,17 +72,17 @@ class BudgetReached(RemoteError):
 
 
 class Asker:
-    """One run of asking one server.
+    """One run of asking servers that hold the same model.
 
     Args:
-        connection: the seam to the web.
+        connections: the seam to the web, one for each server; the limits are those of each.
         paid: takes the answers.
         on_answer: called for every row that is through, with its answer.
     """
 
     def __init__(
         self,
-        connection: Connection,
+        connections: Sequence[Connection],
         limits: Limits,
         patience: Patience,
         paid: Paid,
@@ -91,10 +92,11 @@ class Asker:
         thinking: bool = False,
         on_answer: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        self._connection, self._limits, self._patience, self._paid = connection, limits, patience, paid
+        self._connections, self._limits, self._patience, self._paid = connections, limits, patience, paid
         self._prices, self._budget = prices or Prices(), budget or Budget()
         self._thinking, self._on_answer = thinking, on_answer
-        self.gate = Gate(limits)
+        self._gates = [Gate(limits) for _ in connections]
+        self._sends: list[Send] = []
         self.retries: Counter[str] = Counter()
         self.failed: dict[int, str] = {}
         self.requests = self.answers = self.estimated = self._useful = 0
@@ -102,7 +104,7 @@ class Asker:
         self.fingerprints: set[str] = set()
         self._spent_tokens = 0
         self.cost = 0.0
-        self._refusals: list[str] = []
+        self._refusals: list[tuple[Question, RowRefused]] = []
         self._limited_since = 0.0
         self._stopping = False
         self._flying: set[asyncio.Task[None]] = set()
@@ -118,9 +120,11 @@ class Asker:
 
     async def _run(self, questions: Iterator[Question]) -> list[int]:
         """Returns the signals that came."""
-        with _signals(self._stop) as caught:
-            async with self._connection() as self._send:
+        with gently(self._stop) as caught:
+            async with AsyncExitStack() as stack:
+                self._sends = [await stack.enter_async_context(connect()) for connect in self._connections]
                 await self._rounds(questions)
+        self._keep_refusals()
         return caught
 
     async def _rounds(self, questions: Iterator[Question]) -> None:
@@ -148,7 +152,8 @@ class Asker:
 
     async def _round(self, questions: Iterator[Question], attempts: int, given_up: list[Question]) -> None:
         self._workers = [
-            asyncio.create_task(self._work(questions, attempts, given_up)) for _ in range(self._limits.concurrency)
+            asyncio.create_task(self._work(questions, attempts, given_up))
+            for _ in range(self._limits.concurrency * len(self._gates))
         ]
         done, _ = await asyncio.wait(self._workers, return_when=asyncio.FIRST_EXCEPTION)
         error = next((task.exception() for task in done if not task.cancelled() and task.exception()), None)
@@ -189,8 +194,7 @@ class Asker:
         try:
             await policy(self._attempt, question)
         except RowRefused as refusal:
-            self._note_refusal(refusal)
-            self._keep(question, Answer("", refusal.finish, 0, 0), str(refusal))
+            self._note_refusal(question, refusal)
         except Transient as fault:
             if fault.kind != "empty":
                 raise
@@ -202,21 +206,24 @@ class Asker:
         if not isinstance(error, Transient):
             return True
         self.retries[error.kind] += 1
-        if self.gate.outage() > self._patience.max_outage:
+        outage = min(gate.outage() for gate in self._gates)
+        if outage > self._patience.max_outage:
             raise RemoteError(
-                f"nothing has worked for {self.gate.outage():.0f} s, last: {error.kind} {error}".rstrip(),
+                f"nothing has worked for {outage:.0f} s, last: {error.kind} {error}".rstrip(),
                 "what was answered is kept; run the same command again when the server is back",
             )
         if error.kind == "empty":
             question.empty += 1
             return question.empty >= EMPTY_ATTEMPTS
-        question.attempts += not self.gate.suspect
+        question.attempts += not self._gates[question.server].suspect
         return question.attempts >= attempts or (state.seconds_since_start or 0) > MAX_ELAPSED
 
     async def _attempt(self, question: Question) -> None:
         while True:
             tokens = estimate_tokens(question.text) if self._counts_tokens() else 0
-            await self.gate.enter(tokens)
+            question.server = min(range(len(self._gates)), key=lambda number: self._gates[number].preference)
+            gate = self._gates[question.server]
+            await gate.enter(tokens)
             task = asyncio.current_task()
             assert task is not None
             try:
@@ -227,32 +234,33 @@ class Asker:
                 await self._call(question, tokens)
                 return
             except RateLimited as limit:
-                self._wait_as_told(limit)
+                self._wait_as_told(gate, limit)
             finally:
                 self._flying.discard(task)
-                self.gate.leave()
+                gate.leave()
 
     async def _call(self, question: Question, tokens: float) -> None:
         self.requests += 1
+        gate, send = self._gates[question.server], self._sends[question.server]
         try:
             async with asyncio.timeout(self._patience.timeout):
-                status, headers, content = await self._send(question.body)
+                status, headers, content = await send(question.body)
             answer = read(status, headers, content, lambda: question.text, thinking=self._thinking)
         except TimeoutError:
-            self.gate.failed()
+            gate.failed()
             raise Transient("timeout", f"no answer within {self._patience.timeout:g} s") from None
         except Transient as fault:
             if fault.kind.startswith(SERVER_FAULTS):
-                self.gate.failed()
+                gate.failed()
             if fault.paid is not None:
                 self._paid.add(None, fault.paid, self._cost(fault.paid))
             raise
         except RowRefused:
-            self.gate.answered()
+            gate.answered()
             raise
         self._keep(question, answer)
-        self.gate.answered()
-        self.gate.settle(tokens, answer.prompt_tokens + answer.completion_tokens)
+        gate.answered()
+        gate.settle(tokens, answer.prompt_tokens + answer.completion_tokens)
 
     def _keep(self, question: Question, answer: Answer, message: str = "") -> None:
         """Into the log before anything else."""
@@ -260,7 +268,9 @@ class Asker:
         self._paid.add(question.key, answer, cost)
         self.cost += cost
         self.answers += 1
-        self._useful += answer.finish == "stop"
+        if answer.finish == "stop":
+            self._useful += 1
+            self._keep_refusals()
         self._limited_since = 0.0
         self._spent_tokens += answer.prompt_tokens + answer.completion_tokens
         self.estimated += answer.estimated
@@ -281,57 +291,38 @@ class Asker:
         """Whether this request, and what is in flight, fits; by the mean of what answers took so far."""
         mean = max(self._spent_tokens / self.answers if self.answers else 0, tokens)
         price = self._paid.cost / self._paid.tokens if self._paid.tokens else self._prices.input / 1_000_000
-        coming = mean * self.gate.in_flight
+        coming = mean * sum(gate.in_flight for gate in self._gates)
         try:
             self._budget.check(self._paid.cost + coming * price, self._paid.tokens + coming)
         except RemoteError as error:
             raise BudgetReached(str(error), error.hint) from None
 
-    def _note_refusal(self, refusal: RowRefused) -> None:
-        """Five rows refused alike before any is answered: it is not the rows."""
+    def _note_refusal(self, question: Question, refusal: RowRefused) -> None:
+        """Five rows refused alike before any is answered: it is not the rows, and none of them is written off."""
+        self._refusals.append((question, refusal))
         if self._useful:
-            return
-        self._refusals.append(str(refusal))
-        if len(self._refusals) >= SAME_REFUSALS and len(set(self._refusals)) == 1:
+            self._keep_refusals()
+        elif len(self._refusals) >= SAME_REFUSALS and len({str(refusal) for _, refusal in self._refusals}) == 1:
             raise RemoteError(f"every request is refused: {refusal}", hint_for(str(refusal)))
 
-    def _wait_as_told(self, limit: RateLimited) -> None:
+    def _keep_refusals(self) -> None:
+        waiting, self._refusals = self._refusals, []
+        for question, refusal in waiting:
+            self._keep(question, Answer("", refusal.finish, 0, 0), str(refusal))
+
+    @property
+    def lowest_concurrency(self) -> int:
+        """The fewest requests at a time that a server brought us down to."""
+        return min(gate.lowest for gate in self._gates)
+
+    def _wait_as_told(self, gate: Gate, limit: RateLimited) -> None:
         self.retries["rate_limit"] += 1
         now = time.monotonic()
         self._limited_since = self._limited_since or now
-        wait = self.gate.refused(limit.seconds)
+        wait = gate.refused(limit.seconds)
         waited_blindly = now - self._limited_since if limit.seconds is None else 0.0
         if max(wait, waited_blindly) > self._patience.max_wait:
             raise RemoteError(
                 f"{limit}; the wait is {max(wait, waited_blindly):.0f} s, longer than --max-wait",
                 "what was answered is kept; run the same command again later, or raise --max-wait",
             )
-
-
-@contextmanager
-def _signals(stop: Callable[[bool], None]) -> Iterator[list[int]]:
-    """Ctrl-C and the scheduler's signals stop the asking gently, the second one at once.
-
-    Yields the signals that came; the caller raises the first again when the loop has come to rest.
-    """
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    loop = asyncio.get_running_loop()
-
-    def handle(number: int) -> None:
-        caught.append(number)
-        stop(len(caught) > 1)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] != signal.SIG_IGN:
-            loop.add_signal_handler(number, handle, number)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)

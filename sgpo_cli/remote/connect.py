@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from sgpo_cli.configs import RemoteConfig
+from sgpo_cli.engines import LazyEngine, check_engine, open_engine
 from sgpo_cli.errors import UsageError
 from sgpo_cli.remote.asker import Patience
 from sgpo_cli.remote.budget import Budget, read_prices
@@ -15,8 +16,29 @@ if TYPE_CHECKING:
     from sgpo_cli.engines.openai import OpenAIEngine
 
 
-def connect(config: RemoteConfig, model: str, url: str, key_env: str, key_file: str | None) -> "OpenAIEngine":
-    """The engine for `model` at `url`; sends nothing yet.
+def open_generation(config: RemoteConfig, model: str) -> "LazyEngine | OpenAIEngine":
+    """The engine that a stage generates with: local and loaded when it is needed, or servers.
+
+    Raises:
+        UsageError: no such engine, or no address for it.
+    """
+    if config.engine == "openai":
+        if config.base_url is None:
+            raise UsageError("--engine openai needs --base-url", "for example --base-url http://localhost:8000/v1")
+        return connect(config, model, config.base_url, config.api_key_env, config.api_key_file, interchangeable=True)
+    check_engine(config.engine)
+    settings = {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}
+    return LazyEngine(lambda: open_engine(config.engine, model, **settings))
+
+
+def connect(
+    config: RemoteConfig, model: str, urls: str, key_env: str, key_file: str | None, *, interchangeable: bool = False
+) -> "OpenAIEngine":
+    """The engine for `model` at the addresses; sends nothing yet.
+
+    Args:
+        interchangeable: an answer is the same wherever it comes from, so the address is not part of a request's
+            identity: servers of one's own come and go with the job that runs them.
 
     Raises:
         UsageError: an address, key or price that cannot be right.
@@ -24,14 +46,17 @@ def connect(config: RemoteConfig, model: str, url: str, key_env: str, key_file: 
     prices = read_prices(config.price)
     if config.max_cost is not None and prices is None:
         raise UsageError("--max-cost needs --price", 'for example --price \'{"input": 2.5, "output": 10}\'')
-    endpoint = open_endpoint(url, read_key(key_env, key_file), allow_insecure=config.allow_insecure)
+    key = read_key(key_env, key_file)
+    endpoints = [open_endpoint(url, key, allow_insecure=config.allow_insecure) for url in urls.split(",")]
 
     from sgpo_cli.engines.openai import OpenAIEngine, Terms  # imports the package
 
+    template = config.chat_template_kwargs
+    extra = {"chat_template_kwargs": template} if template and interchangeable else {}
     form = RequestForm(
-        endpoint.url,
+        "" if interchangeable else ",".join(sorted(endpoint.url for endpoint in endpoints)),
         model,
-        extra=config.extra_body,
+        extra=extra | config.extra_body,
         drop=config.drop_params,
         max_tokens_field=config.max_tokens_field,
         reasoning_effort=config.reasoning_effort,
@@ -46,4 +71,4 @@ def connect(config: RemoteConfig, model: str, url: str, key_env: str, key_file: 
         config.max_failed,
         thinking=config.thinking == "keep",
     )
-    return OpenAIEngine(endpoint, form, terms)
+    return OpenAIEngine(endpoints, form, terms)

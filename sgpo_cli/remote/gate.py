@@ -13,6 +13,8 @@ MARGIN = 0.05  # our clock starts when the server's answer arrives; this covers 
 DEFAULT_WAIT = 0.25  # where a server says "too many" and not how long
 MAX_BLIND_WAIT = 60.0
 OUTAGE_FAILURES = 20
+DOWN_FAILURES = 3  # where there are other servers, so many failures in a row are enough to turn to them
+PROBE_SECONDS = 5.0
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Gate:
         self._refusals = 0
         self._failures = 0
         self._failing_since = 0.0
+        self._down_until = 0.0
         self.in_flight = 0
         self.lowest = limits.concurrency
 
@@ -118,6 +121,14 @@ class Gate:
         if not self._failures:
             self._failing_since = time.monotonic()
         self._failures += 1
+        if self._failures >= DOWN_FAILURES:
+            self._down_until = time.monotonic() + PROBE_SECONDS
+
+    @property
+    def preference(self) -> tuple[bool, bool, float]:
+        """The smallest is where to go next: a server that works, that is not resting, that has least to do."""
+        now = time.monotonic()
+        return now < self._down_until, now < self._open_at, self.in_flight / self._window
 
     @property
     def suspect(self) -> bool:

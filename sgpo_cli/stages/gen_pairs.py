@@ -8,20 +8,19 @@ from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import Row
 from sgpo_cli.configs import GenPairsConfig
 from sgpo_cli.dataset import forbidden_tokens, read_dataset, set_aside
-from sgpo_cli.engines import Generation, LazyEngine, Sampling, check_engine, open_engine
+from sgpo_cli.engines import Generation, Sampling
 from sgpo_cli.generation import Lazy, Passes, seeds_for
 from sgpo_cli.pairing import find_pairing, pair_problem
+from sgpo_cli.remote.connect import open_generation
 from sgpo_cli.step import Outcome, Step
 
 
 def run(config: GenPairsConfig, step: Step) -> None:
-    check_engine(config.engine)
     pairing = find_pairing(config.pairing)
     request = prompts.improver_request(config.policy, config.improver_prompt)
     rows = read_dataset(config, ("prompt",), config.policy)
     forbidden = forbidden_tokens(config, config.policy)
-    settings: dict[str, Any] = {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}
-    engine = LazyEngine(lambda: open_engine(config.engine, config.policy, **settings))
+    engine = open_generation(config, config.policy)
     with step, Passes(step, config.batch_size) as passes:
         responses = passes.generate(
             "policy",

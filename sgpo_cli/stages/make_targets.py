@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import Row
 from sgpo_cli.configs import MakeTargetsConfig
 from sgpo_cli.dataset import forbidden_tokens, read_dataset, set_aside
-from sgpo_cli.engines import Generation, LazyEngine, Sampling, check_engine, open_engine
+from sgpo_cli.engines import Generation, LazyEngine, Sampling, open_engine
 from sgpo_cli.errors import UsageError
 from sgpo_cli.gates import check_gates, target_problem, text_problem
 from sgpo_cli.generation import Lazy, Passes, seeds_for
 from sgpo_cli.remote import batch_files
+from sgpo_cli.remote.connect import open_generation
 from sgpo_cli.remote.estimate import estimate
 from sgpo_cli.step import Outcome, Step
 from sgpo_cli.teachers import PromptedTeacher, check_teacher, open_teacher
@@ -22,12 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: MakeTargetsConfig, step: Step) -> None:
-    check_engine(config.engine)
     kind, _ = check_teacher(config.teacher)
     gates = [name for name in check_gates(config.gates) if (kind, name) != ("reference", "copy")]
     rows = read_dataset(config, ("prompt", "reference"), config.policy)
-    settings: dict[str, Any] = {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}
-    policy = LazyEngine(lambda: open_engine(config.engine, config.policy, **settings))
+    policy = open_generation(config, config.policy)
     teacher = open_teacher(config, policy, rows[0])
     forbidden = forbidden_tokens(config, config.policy)
     by_file = _by_file(config, kind)
@@ -40,7 +38,7 @@ def run(config: MakeTargetsConfig, step: Step) -> None:
             seeds_for(rows, config.seed, "policy"),
         )
         answered = Lazy(len(rows), lambda place: _row(rows[place], responses[place].text))
-        if kind != "self":
+        if kind != "self" and isinstance(policy, LazyEngine):
             policy.unload()
         if by_file and isinstance(teacher, PromptedTeacher) and not _exchange(config, teacher, passes, answered):
             return
@@ -55,14 +53,14 @@ def run(config: MakeTargetsConfig, step: Step) -> None:
 
 def dry_run(config: MakeTargetsConfig) -> list[str]:
     """What the teacher would be asked and what that would cost; nothing is sent, loaded or written."""
-    kind, _ = check_teacher(config.teacher)
+    kind, model = check_teacher(config.teacher)
     check_gates(config.gates)
     rows = read_dataset(config, ("prompt", "reference"), config.policy)
     if kind != "openai":
         return [f"{len(rows)} rows; the teacher {config.teacher} asks no server, so nothing is to be paid"]
     # What the policy will answer is not known yet; a reference is about as long.
     answered = Lazy(len(rows), lambda place: _row(rows[place], rows[place]["reference"]))
-    teacher = PromptedTeacher(LazyEngine(lambda: open_engine("echo", "")), config)
+    teacher = PromptedTeacher(LazyEngine(lambda: open_engine("echo", model)), config)
     conversations = teacher.conversations(answered)
     return estimate(config, conversations, (row["reference"] for row in rows), teacher.sampling.max_new_tokens)
 
