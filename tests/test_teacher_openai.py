@@ -364,10 +364,12 @@ def test_pairs_come_from_servers_too(world: Path, sgpo: Sgpo) -> None:
         "out",
         "--max-length-ratio",
         9,
+        "--temperature",
+        0.7,
     )
     with FaultServer() as one, FaultServer(mixed(0.2, seed=1)) as two:
         urls = f"{one.url},{two.url}"
-        result = sgpo(*pairs, "--policy", "served-name", "--base-url", urls, "--temperature", 0.7)
+        result = sgpo(*pairs, "--policy", "served-name", "--base-url", urls)
         assert result.returncode == 0, result.stderr
         sampled = [request.body for request in (*one.requests, *two.requests) if len(request.body["messages"]) == 1]
         assert {body["temperature"] for body in sampled} == {0.7}
