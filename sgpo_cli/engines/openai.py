@@ -28,6 +28,7 @@ from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.paid import Paid, number_of
 from sgpo_cli.remote.secret import redact, redact_bytes
+from sgpo_cli.remote.tally import Tally
 
 logger = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 1 << 20
@@ -148,25 +149,31 @@ class OpenAIEngine:
                     reused += 1
                     progress.reuse(1)
 
-        with RowProgress(label, len(conversations), note=lambda: self._note(asker, paid, progress)) as progress:
-            asker = self._asker(paid, lambda answer: progress.advance(1, answer.completion_tokens))
+        with RowProgress(label, len(conversations), note=lambda: self._note(tally, paid, progress)) as progress:
+            tally = Tally(
+                paid,
+                self.terms.prices,
+                self.terms.budget,
+                lambda answer: progress.advance(1, answer.completion_tokens),
+            )
+            asker = self._asker(tally)
             try:
                 asker.run(wanted())
             except RemoteError as error:
                 raise self._explained(error) from None
         paid.index()
-        if len(asker.models) > 1:
-            logger.warning("%s: answers came from several models: %s", self.url, ", ".join(sorted(asker.models)))
+        if len(tally.models) > 1:
+            logger.warning("%s: answers came from several models: %s", self.url, ", ".join(sorted(tally.models)))
         texts = PaidTexts(paid, numbers)
-        missing = sum(paid.find(number) is None for number in numbers) if asker.failed else 0
+        missing = sum(paid.find(number) is None for number in numbers) if tally.failed else 0
         if missing > self.terms.max_failed:
-            kinds = ", ".join(f"{count} x {kind}" for kind, count in asker.failure_kinds())
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in tally.failure_kinds())
             raise IncompleteError(
                 f"{self.url}: {missing} of {len(numbers)} rows failed after retries ({kinds}), "
                 f"--max-failed is {self.terms.max_failed}; the other answers are kept",
                 "run the same command again: only the failed rows are asked for again",
             )
-        return Asked(texts, self._facts(asker, paid, texts, reused, missing))
+        return Asked(texts, self._facts(asker, tally, paid, texts, reused, missing))
 
     def _explained(self, error: RemoteError) -> RemoteError:
         """The error with the server's address; where there is no such model, with those that there are."""
@@ -176,7 +183,7 @@ class OpenAIEngine:
         hint = f"it serves: {', '.join(served)}" if served else error.hint
         return RemoteError(f"{self.url}: model {self.form.model}: {error}", hint)
 
-    def _asker(self, paid: Paid, on_answer: Any) -> Asker:
+    def _asker(self, tally: Tally) -> Asker:
         terms = self.terms
         return Asker(
             [
@@ -185,25 +192,24 @@ class OpenAIEngine:
             ],
             terms.limits,
             terms.patience,
-            paid,
-            prices=terms.prices,
-            budget=terms.budget,
+            tally,
             thinking=terms.thinking,
-            on_answer=on_answer,
         )
 
-    def _note(self, asker: Asker, paid: Paid, progress: RowProgress) -> str:
+    def _note(self, tally: Tally, paid: Paid, progress: RowProgress) -> str:
         """For the live line: cost so far and in the end, and what had to be tried again."""
         note = ""
-        if self.terms.prices is not None and asker.answers:
+        if self.terms.prices is not None and tally.answers:
             left = max(progress.total - progress.done, 0)
-            note += f", cost {paid.cost:.2f} of about {paid.cost + left * asker.cost / asker.answers:.2f}"
-        if asker.retries:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in asker.retries.most_common(3))
-            note += f", {asker.retries.total()} retries ({kinds})"
+            note += f", cost {paid.cost:.2f} of about {paid.cost + left * tally.cost / tally.answers:.2f}"
+        if tally.retries:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in tally.retries.most_common(3))
+            note += f", {tally.retries.total()} retries ({kinds})"
         return note
 
-    def _facts(self, asker: Asker, paid: Paid, texts: "PaidTexts", reused: int, failed: int) -> dict[str, Any]:
+    def _facts(
+        self, asker: Asker, tally: Tally, paid: Paid, texts: "PaidTexts", reused: int, failed: int
+    ) -> dict[str, Any]:
         """For the manifest: the answers of this output, the bill of all runs, and the faults of the last."""
         used = [0, 0]
         for text in texts:
@@ -214,14 +220,14 @@ class OpenAIEngine:
             "prompt_tokens": used[0],
             "completion_tokens": used[1],
             "paid_tokens": paid.tokens,
-            "requests": asker.requests,
+            "requests": tally.requests,
             "reused": reused,
             "failed": failed,
-            "retries": dict(sorted(asker.retries.items())),
-            "usage_estimated": asker.estimated,
+            "retries": dict(sorted(tally.retries.items())),
+            "usage_estimated": tally.estimated,
             "lowest_concurrency": asker.lowest_concurrency,
-            "models": sorted(asker.models),
-            "fingerprints": sorted(asker.fingerprints),
+            "models": sorted(tally.models),
+            "fingerprints": sorted(tally.fingerprints),
         }
         return facts | ({"cost": round(paid.cost, 6)} if self.terms.prices is not None else {})
 

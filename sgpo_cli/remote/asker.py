@@ -9,7 +9,6 @@ import asyncio
 import logging
 import signal
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from sgpo_cli.errors import RemoteError
 from sgpo_cli.remote.answer import Answer, RateLimited, RowRefused, Transient, estimate_tokens, hint_for, read
-from sgpo_cli.remote.budget import Budget, Prices
 from sgpo_cli.remote.gate import Gate, Limits
-from sgpo_cli.remote.paid import Paid
 from sgpo_cli.remote.signals import gently
+from sgpo_cli.remote.tally import BudgetReached, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +65,12 @@ class Question:
         return "\n".join(str(message["content"]) for message in self.body["messages"])
 
 
-class BudgetReached(RemoteError):
-    """No further request is allowed; those in flight are paid for already."""
-
-
 class Asker:
     """One run of asking servers that hold the same model.
 
     Args:
         connections: the seam to the web, one for each server; the limits are those of each.
-        paid: takes the answers.
-        on_answer: called for every row that is through, with its answer.
+        tally: takes the answers, and knows the budget.
     """
 
     def __init__(
@@ -85,32 +78,21 @@ class Asker:
         connections: Sequence[Connection],
         limits: Limits,
         patience: Patience,
-        paid: Paid,
+        tally: Tally,
         *,
-        prices: Prices | None = None,
-        budget: Budget | None = None,
         thinking: bool = False,
-        on_answer: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        self._connections, self._limits, self._patience, self._paid = connections, limits, patience, paid
-        self._prices, self._budget = prices or Prices(), budget or Budget()
-        self._thinking, self._on_answer = thinking, on_answer
+        self._connections, self._limits, self._patience, self._tally = connections, limits, patience, tally
+        self._thinking = thinking
         self._gates = [Gate(limits) for _ in connections]
         self._sends: list[Send] = []
-        self.retries: Counter[str] = Counter()
-        self.failed: dict[int, str] = {}
-        self.requests = self.answers = self.estimated = self._useful = 0
-        self.models: set[str] = set()
-        self.fingerprints: set[str] = set()
-        self._spent_tokens = 0
-        self.cost = 0.0
         self._refusals: list[tuple[Question, RowRefused]] = []
         self._limited_since = 0.0
         self._stopping = False
         self._flying: set[asyncio.Task[None]] = set()
 
     def run(self, questions: Iterable[Question]) -> None:
-        """Ask them all; `failed` then holds the rows that were given up, with the reason.
+        """Ask them all; the tally's `failed` then holds the rows that were given up, with the reason.
 
         Raises:
             RemoteError: the server refuses, is gone, or the budget is reached; what was paid for is kept.
@@ -131,15 +113,11 @@ class Asker:
         """All rows once, and those that failed once more when all the others are through."""
         given_up: list[Question] = []
         await self._round(questions, self._patience.max_attempts, given_up)
-        if given_up and self._useful and not self._stopping:
+        if given_up and self._tally.whole and not self._stopping:
             for question in given_up:
                 question.attempts = question.empty = 0
-                del self.failed[question.row]
+                del self._tally.failed[question.row]
             await self._round(iter(given_up), min(LAST_ATTEMPTS, self._patience.max_attempts), [])
-
-    def failure_kinds(self) -> list[tuple[str, int]]:
-        """How many rows were given up for what."""
-        return Counter(self.failed.values()).most_common()
 
     def _stop(self, at_once: bool) -> None:
         """Send nothing more; leave what is in flight a moment."""
@@ -177,7 +155,7 @@ class Asker:
             try:
                 await self._ask(question, attempts)
             except Transient as fault:
-                self.failed[question.row] = fault.kind
+                self._tally.failed[question.row] = fault.kind
                 given_up.append(question)
                 logger.debug("row %d: given up: %s %s", question.row + 1, fault.kind, fault)
             if self._stopping:
@@ -198,14 +176,14 @@ class Asker:
         except Transient as fault:
             if fault.kind != "empty":
                 raise
-            self._keep(question, Answer("", "empty", 0, 0))
+            self._tally.keep(question.key, Answer("", "empty", 0, 0))
 
     def _enough(self, question: Question, attempts: int, state: RetryCallState) -> bool:
         """Whether to give a row up. While the server as a whole fails, its rows are not to blame."""
         error = state.outcome.exception() if state.outcome else None
         if not isinstance(error, Transient):
             return True
-        self.retries[error.kind] += 1
+        self._tally.retries[error.kind] += 1
         outage = min(gate.outage() for gate in self._gates)
         if outage > self._patience.max_outage:
             raise RemoteError(
@@ -229,7 +207,7 @@ class Asker:
             try:
                 if self._stopping:
                     raise asyncio.CancelledError
-                self._check_budget(tokens)
+                self._tally.check_budget(tokens, sum(gate.in_flight for gate in self._gates))
                 self._flying.add(task)
                 await self._call(question, tokens)
                 return
@@ -240,7 +218,7 @@ class Asker:
                 gate.leave()
 
     async def _call(self, question: Question, tokens: float) -> None:
-        self.requests += 1
+        self._tally.requests += 1
         gate, send = self._gates[question.server], self._sends[question.server]
         try:
             async with asyncio.timeout(self._patience.timeout):
@@ -253,54 +231,25 @@ class Asker:
             if fault.kind.startswith(SERVER_FAULTS):
                 gate.failed()
             if fault.paid is not None:
-                self._paid.add(None, fault.paid, self._cost(fault.paid))
+                self._tally.charge(fault.paid)
             raise
         except RowRefused:
             gate.answered()
             raise
-        self._keep(question, answer)
+        self._tally.keep(question.key, answer)
+        self._limited_since = 0.0
+        if self._refusals and self._tally.whole:
+            self._keep_refusals()
         gate.answered()
         gate.settle(tokens, answer.prompt_tokens + answer.completion_tokens)
 
-    def _keep(self, question: Question, answer: Answer, message: str = "") -> None:
-        """Into the log before anything else."""
-        cost = self._cost(answer)
-        self._paid.add(question.key, answer, cost)
-        self.cost += cost
-        self.answers += 1
-        if answer.finish == "stop":
-            self._useful += 1
-            self._keep_refusals()
-        self._limited_since = 0.0
-        self._spent_tokens += answer.prompt_tokens + answer.completion_tokens
-        self.estimated += answer.estimated
-        for found, names in ((answer.model, self.models), (answer.fingerprint, self.fingerprints)):
-            if found and len(names) < 100:
-                names.add(found)
-        if message:
-            logger.debug("row %d: %s", question.row + 1, message)
-        self._on_answer(answer)
-
-    def _cost(self, answer: Answer) -> float:
-        return self._prices.cost(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
-
     def _counts_tokens(self) -> bool:
-        return bool(self._limits.tokens_per_minute or self._budget.cost is not None or self._budget.tokens is not None)
-
-    def _check_budget(self, tokens: float) -> None:
-        """Whether this request, and what is in flight, fits; by the mean of what answers took so far."""
-        mean = max(self._spent_tokens / self.answers if self.answers else 0, tokens)
-        price = self._paid.cost / self._paid.tokens if self._paid.tokens else self._prices.input / 1_000_000
-        coming = mean * sum(gate.in_flight for gate in self._gates)
-        try:
-            self._budget.check(self._paid.cost + coming * price, self._paid.tokens + coming)
-        except RemoteError as error:
-            raise BudgetReached(str(error), error.hint) from None
+        return self._tally.is_limited or self._limits.tokens_per_minute is not None
 
     def _note_refusal(self, question: Question, refusal: RowRefused) -> None:
         """Five rows refused alike before any is answered: it is not the rows, and none of them is written off."""
         self._refusals.append((question, refusal))
-        if self._useful:
+        if self._tally.whole:
             self._keep_refusals()
         elif len(self._refusals) >= SAME_REFUSALS and len({str(refusal) for _, refusal in self._refusals}) == 1:
             raise RemoteError(f"every request is refused: {refusal}", hint_for(str(refusal)))
@@ -308,7 +257,8 @@ class Asker:
     def _keep_refusals(self) -> None:
         waiting, self._refusals = self._refusals, []
         for question, refusal in waiting:
-            self._keep(question, Answer("", refusal.finish, 0, 0), str(refusal))
+            self._tally.keep(question.key, Answer("", refusal.finish, 0, 0))
+            logger.debug("row %d: %s", question.row + 1, refusal)
 
     @property
     def lowest_concurrency(self) -> int:
@@ -316,7 +266,7 @@ class Asker:
         return min(gate.lowest for gate in self._gates)
 
     def _wait_as_told(self, gate: Gate, limit: RateLimited) -> None:
-        self.retries["rate_limit"] += 1
+        self._tally.retries["rate_limit"] += 1
         now = time.monotonic()
         self._limited_since = self._limited_since or now
         wait = gate.refused(limit.seconds)
