@@ -17,8 +17,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sgpo_cli import __version__, exits
+from sgpo_cli import __version__, exits, look
 from sgpo_cli.configs import STAGES, StageConfig, own_options
+from sgpo_cli.flags import (
+    DebugFlag,
+    DryRunFlag,
+    FreshFlag,
+    RecipeFlag,
+    RunDirFlag,
+    SeedFlag,
+    StepFlag,
+    VerboseFlag,
+)
 from sgpo_cli.remote.secret import guard_streams
 
 PASS_THROUGH = {
@@ -35,21 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipeFlag = Annotated[Path | None, typer.Option("--recipe", help="Recipe to take the options from.")]
-StepFlag = Annotated[str | None, typer.Option("--step", help="Step of the recipe; needed if several run this stage.")]
-RunDirFlag = Annotated[Path | None, typer.Option("--run-dir", help="Use this instead of the recipe's run_dir.")]
-SeedFlag = Annotated[int | None, typer.Option("--seed", help="Use this seed in every step.")]
-FreshFlag = Annotated[
-    bool, typer.Option("--fresh", help="Move an earlier output aside (NAME.old-1, -2, ...) and run anew.")
-]
-DryRunFlag = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would be done and what it would cost, and stop.")
-]
-VerboseFlag = Annotated[
-    bool, typer.Option("--verbose", help="Show more, such as training examples with their labels.")
-]
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
@@ -300,3 +295,6 @@ def status(
 
     with exits.mapped(debug=debug):
         pipeline.print_status(read(recipe, run_dir=run_dir, seed=seed))
+
+
+app.add_typer(look.app)

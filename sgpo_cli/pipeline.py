@@ -4,6 +4,7 @@ A crash or an out-of-memory kill takes one step, and GPU memory is always given 
 """
 
 import ctypes
+import json
 import logging
 import os
 import shlex
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DONE, PARTIAL, MISSING, STALE, CHANGED = "up to date", "continues", "to do", "out of date", "changed"
 DAMAGED, NEEDS = "damaged", "cannot run"
+REPORT, RUN = "report.html", "run.json"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
             )
     names = [step.spec.name for step in steps]
     redo = set(names[names.index(from_step) :]) if from_step else set()
+    ran = False
     for name in names:
         # Planned anew: the step before may just have been made, and its manifest is part of the request.
         step = next(step for step in plan(book) if step.spec.name == name)
@@ -128,6 +131,20 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         logger.info("%s: runs (%s)%s", name, step.spec.stage, f", {step.why}" if step.state == STALE else "")
         anew = step.state in (STALE, CHANGED, DAMAGED) or name in redo
         _run_step(book, step.spec, [*flags, "--fresh"] if anew else flags)
+        ran = True
+    if ran or not (book.run_dir / REPORT).exists():
+        _write_report(book)
+
+
+def _write_report(book: recipe.Recipe) -> None:
+    """The report of the run, by a process of its own: whatever becomes of it, the steps are done."""
+    record = {"command": _command(book), "recipe": book.path.read_text(encoding="utf-8")}
+    artifacts.write_atomically(book.run_dir / RUN, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    command = ["report", str(book.run_dir)]
+    if subprocess.run([sys.executable, "-m", "sgpo_cli", *command], stdout=subprocess.DEVNULL).returncode == 0:
+        logger.info("report: %s", book.run_dir / REPORT)
+    else:
+        logger.warning("the steps are done, but the report was not written; try again: sgpo %s", shlex.join(command))
 
 
 def _command(book: recipe.Recipe) -> str:

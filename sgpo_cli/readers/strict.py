@@ -11,6 +11,12 @@ from typing import Any, NoReturn
 MAX_DEPTH = 64
 INTEGERS = range(-(2**63), 2**64)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# What a terminal obeys or does not show: control characters but tab and line feed, marks and overrides of direction,
+# invisible format characters but the two joiners that scripts need, line separators, halves of characters.
+STEERS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e0fff\ud800-\udfff]"
+)
 
 
 class Fault(Exception):
@@ -32,6 +38,11 @@ def shown(value: object, limit: int = 60) -> str:
 def printable(path: str) -> str:
     """A path as it is, or escaped when it holds control characters."""
     return path if path.isprintable() else repr(path)[1:-1]
+
+
+def visible(text: str) -> str:
+    """A text for a terminal: whatever steers it or turns its order around is escaped; lines stay lines."""
+    return STEERS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def strict_json(text: str) -> Any:

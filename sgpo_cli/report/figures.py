@@ -1,0 +1,208 @@
+"""Each section's numbers and charts, ready for the template."""
+
+from typing import Any
+
+from sgpo_cli.report import charts
+from sgpo_cli.report.collect import Run, StepFacts
+from sgpo_cli.report.schema import Manifest, PairFacts, Quality, Score
+
+CURVES: list[tuple[str, str, dict[str, str]]] = [
+    ("Loss", "per token or pair; lower fits the data better", {"loss": "loss"}),
+    ("Token accuracy", "share of tokens that the model would have chosen", {"mean_token_accuracy": "accuracy"}),
+    (
+        "Rewards",
+        "β times the gain in log-probability over the reference model",
+        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    ),
+    ("Reward margin", "chosen minus rejected", {"rewards/margins": "margin"}),
+    ("Pair accuracy", "share of pairs whose chosen text has the higher reward", {"rewards/accuracies": "accuracy"}),
+    (
+        "Log-probabilities",
+        "of the texts under the model; if both fall, the model leaves its data",
+        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    ),
+    ("Gradient norm", "spikes are a sign of trouble", {"grad_norm": "norm"}),
+]
+
+
+def headline(run: Run) -> str:
+    """One sentence: the last model against the first, as policies; empty without scores."""
+    for step in reversed(run.steps):
+        entries = step.metrics.models if step.metrics else []
+        policy = [entry for entry in entries if (entry.role, entry.decoding) == ("policy", "sampled")]
+        if len(policy) > 1:
+            first, last = policy[0], policy[-1]
+            gain = f"{last.score - first.score:+.3f}".replace("-", "\u2212")
+            return (
+                f"{last.name} scores {last.score:.3f} where {first.name} scores {first.score:.3f}: {gain} "
+                f"(sampled answers to {last.n} prompts)."
+            )
+    return ""
+
+
+def scores(step: StepFacts) -> dict[str, Any]:
+    """The table of a step's scores: a group for each role and decoding, a row for each model."""
+    entries = step.metrics.models if step.metrics else []
+    low = min(0.0, *(entry.ci95[0] for entry in entries))
+    high = max(1.0, *(entry.ci95[1] for entry in entries))
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    groups: dict[str, list[tuple[Score, Any]]] = {}
+    for entry in entries:
+        title = ", ".join(part for part in (entry.role, entry.decoding) if part)
+        order = names.index(entry.name) % 6 + 1
+        drawn = charts.interval(entry.name, entry.score, entry.ci95, (low, high), order)
+        groups.setdefault(title, []).append((entry, drawn))
+    return {"step": step.name, "groups": groups, "scale": charts.scale((low, high)), "judge": _judge(step)}
+
+
+def _judge(step: StepFacts) -> str:
+    return str(step.request.config.get("judge", ""))
+
+
+def funnel(run: Run) -> dict[str, Any]:
+    """Rows in and out of each step, and why rows were dropped."""
+    counted = [(step, step.manifest) for step in run.steps if step.manifest and step.manifest.rows_in is not None]
+    most = max((manifest.rows_in or 0 for _, manifest in counted), default=0)
+    rows = []
+    for step, manifest in counted:
+        kept, dropped = manifest.rows_out or 0, sum(manifest.rejected.values())
+        label = f"{step.name}: {kept} kept, {dropped} dropped"
+        rows.append(
+            {
+                "name": step.name,
+                "stage": step.stage,
+                "manifest": manifest,
+                "dropped": dropped,
+                "bar": charts.bar(label, [kept, dropped], most),
+                "reasons": sorted(manifest.rejected.items(), key=lambda item: (-item[1], item[0])),
+            }
+        )
+    return {"rows": rows}
+
+
+def data(step: StepFacts) -> dict[str, Any]:
+    """A data step's texts: tables and histograms."""
+    quality = step.quality
+    assert quality is not None
+    return {"step": step.name, "stage": step.stage, "quality": quality, "charts": _data_charts(step, quality)}
+
+
+def _data_charts(step: StepFacts, quality: Quality) -> list[dict[str, Any]]:
+    found = [_perplexity(step, quality)] if quality.log_ppl and quality.log_ppl.kept else []
+    if pair := quality.pair:
+        found.append(_lengths(step, pair))
+        found.append(_edits(step, pair))
+        if not quality.log_ppl:  # a filter leaves the ratios as they were
+            found.append(_ratios(step, pair))
+    return found
+
+
+def _lengths(step: StepFacts, pair: PairFacts) -> dict[str, Any]:
+    old, new = pair.old_words, pair.new_words
+    series = [(pair.new, new.counts), (pair.old, old.counts)]
+    return {
+        "title": "Lengths",
+        "legend": [pair.new, pair.old],
+        "note": "of the texts, in words",
+        "svg": charts.histogram(f"{step.name}: lengths", series, old.low, old.high, "words"),
+    }
+
+
+def _edits(step: StepFacts, pair: PairFacts) -> dict[str, Any]:
+    drawn = pair.edit_histogram
+    return {
+        "title": "Words changed",
+        "legend": [],
+        "note": f"edit distance over the words of the longer text; {pair.new} against {pair.old}",
+        "svg": charts.histogram(f"{step.name}: words changed", [("rows", drawn.counts)], 0, 1, "share of words"),
+    }
+
+
+def _ratios(step: StepFacts, pair: PairFacts) -> dict[str, Any]:
+    drawn = pair.ratio_histogram
+    return {
+        "title": "Length ratio",
+        "legend": [],
+        "note": f"characters of {pair.new} for each of {pair.old}",
+        "svg": charts.histogram(
+            f"{step.name}: length ratio",
+            [("rows", drawn.counts)],
+            drawn.low,
+            drawn.high,
+            f"{pair.new} : {pair.old}",
+            mark=(0.0, "as long"),
+            log2=True,
+        ),
+    }
+
+
+def _perplexity(step: StepFacts, quality: Quality) -> dict[str, Any]:
+    found, manifest = quality.log_ppl, step.manifest
+    assert found is not None
+    assert found.kept is not None
+    assert manifest is not None
+    series = [("kept", found.kept.counts)] + ([("dropped", found.dropped.counts)] if found.dropped else [])
+    cut = manifest.log_ppl_threshold
+    return {
+        "title": "Log-perplexity of the targets",
+        "legend": [name for name, _ in series],
+        "note": "in nats a token, under the policy; the last bar holds what lies beyond",
+        "svg": charts.histogram(
+            f"{step.name}: perplexity",
+            series,
+            found.kept.low,
+            found.kept.high,
+            "log-perplexity",
+            mark=None if cut is None else (cut, f"cut {cut:.3g}"),
+        ),
+    }
+
+
+def curves(step: StepFacts) -> dict[str, Any]:
+    """The learning curves of a training step."""
+    found = []
+    paired = any("rewards/margins" in entry for entry in step.log)
+    for title, note, keys in CURVES:
+        series = [
+            (name, [(entry["step"], entry[key]) for entry in step.log if key in entry]) for key, name in keys.items()
+        ]
+        series = [(name, points) for name, points in series if points]
+        if series and not (title == "Token accuracy" and paired):
+            svg = charts.lines(f"{step.name}: {title}", series, "optimizer step")
+            legend = [name for name, _ in series] if len(series) > 1 else []
+            found.append({"title": title, "note": note, "legend": legend, "svg": svg})
+    return {"step": step.name, "stage": step.stage, "charts": found, "training": _training(step.manifest)}
+
+
+def _training(manifest: Manifest | None) -> str:
+    if manifest is None or manifest.training is None:
+        return "not finished"
+    facts = manifest.training
+    text = f"{facts.steps} optimizer steps, {facts.tokens} tokens"
+    if facts.first_loss is not None:
+        text += f"; first loss {facts.first_loss:.4f}"
+    return text + ("" if facts.last_loss is None else f"; last loss {facts.last_loss:.4f}")
+
+
+def costs(run: Run) -> dict[str, Any]:
+    """Time, tokens, memory and money of each step."""
+    done = [(step, step.manifest) for step in run.steps if step.manifest]
+    most = max((manifest.seconds for _, manifest in done), default=0.0)
+    rows = []
+    for step, manifest in done:
+        made = manifest.completion_tokens
+        trained = manifest.training.tokens if manifest.training else None
+        spent = manifest.generation_seconds if made else manifest.seconds
+        tokens = made if made is not None else trained
+        rows.append(
+            {
+                "name": step.name,
+                "stage": step.stage,
+                "manifest": manifest,
+                "trained": trained,
+                "rate": tokens / spent if tokens and spent else None,
+                "bar": charts.bar(f"{step.name}: {manifest.seconds:.1f} s", [manifest.seconds], most),
+            }
+        )
+    spent_money = [manifest.cost for _, manifest in done if manifest.cost is not None]
+    return {"rows": rows, "cost": sum(spent_money) if spent_money else None}
