@@ -6,7 +6,7 @@ What the rows hold is data: it reaches the terminal as plain text, with control 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,67 +39,71 @@ class Choice:
 
 
 def show(directory: Path, choice: Choice, console: Console) -> None:
-    """Print the chosen rows of a step.
+    """Print the chosen rows of a step, and how many there are.
 
     Raises:
-        UsageError: no such directory, a step that has not finished, or no row fits.
+        UsageError: no such directory, a step that has not finished, or no row has the id or reason.
         IntegrityError: the rows are not what the step wrote.
     """
-    path = rows_file(directory, choice)
-    rows = list(_chosen(path, choice))
-    if not rows:
-        raise UsageError(f"{path}: {_nothing(path, choice)}")
-    for row in rows:
+    kept, dropped = rows_files(directory)
+    paths = [kept, dropped] if choice.ids else [dropped if choice.rejects or choice.reason else kept]
+    number = 0
+    for row in _chosen(paths, choice):
         _show(row, console)
-    total = count_rows(path)
-    console.print(Text(f"{len(rows)} of {total} rows of {visible(str(path))}", style="dim"), soft_wrap=True)
+        number += 1
+    if not number and (choice.ids or choice.reason):
+        raise UsageError(f"{visible(str(directory))}: {_nothing(paths[-1], choice)}")
+    total = sum(map(count_rows, paths))
+    names = " and ".join(visible(str(path)) for path in paths)
+    console.print(Text(f"{number} of {total} rows of {names}", style="dim"), soft_wrap=True)
 
 
-def rows_file(directory: Path, choice: Choice) -> Path:
-    """The file to read, compared with the step's manifest first."""
+def rows_files(directory: Path) -> tuple[Path, Path]:
+    """The rows that were kept and those that were dropped, compared with the step's manifest first."""
+    name = visible(str(directory))
     if not directory.is_dir():
-        raise UsageError(
-            f"{visible(str(directory))}: no such directory", "name a step's directory, as runs/demo/pairs"
-        )
-    path = directory / DATA_FILES[1 if choice.rejects or choice.reason else 0]
+        raise UsageError(f"{name}: no such directory", "name a step's directory, as runs/demo/pairs")
     step = step_of(directory)
     if step is not None and not (step / MANIFEST).exists():
         raise UsageError(
             f"{visible(str(step))}: this step has not finished; its rows appear when it has",
             "run it again if it is not running; it continues where it stopped",
         )
-    if not path.exists():
-        what = "no rejected rows here" if path.name == DATA_FILES[1] else f"no {DATA_FILES[0]} here"
+    kept, dropped = (directory / file for file in DATA_FILES)
+    if not kept.exists():
         inside = sorted(found.parent.name for found in directory.glob(f"*/{DATA_FILES[0]}"))
         raise UsageError(
-            f"{visible(str(directory))}: {what}",
+            f"{name}: no {DATA_FILES[0]} here",
             f"look into one of {', '.join(map(visible, inside))}" if inside else "a training step keeps no rows",
         )
     if step is not None:
-        verify(step, under=path)
-    return path
+        verify(step, under=kept)
+        verify(step, under=dropped)
+    return kept, dropped
 
 
-def _chosen(path: Path, choice: Choice) -> Iterator[Row]:
+def _chosen(paths: Sequence[Path], choice: Choice) -> Iterator[Row]:
+    if choice.sample:
+        yield from sampled(paths[0], choice.sample, choice.seed)
+        return
+    rows = chain.from_iterable(lines(path) for path in paths if path.exists())
     if choice.ids:
         wanted = set(choice.ids)
-        yield from (row for row in lines(path) if str(row.get("id")) in wanted)
+        yield from (row for row in rows if str(row.get("id")) in wanted)
     elif choice.reason:
-        yield from islice((row for row in lines(path) if row.get("reason") == choice.reason), choice.limit)
-    elif choice.sample:
-        yield from sampled(path, choice.sample, choice.seed)
+        yield from islice((row for row in rows if row.get("reason") == choice.reason), choice.limit)
     else:
-        yield from islice(lines(path), choice.limit)
+        yield from islice(rows, choice.limit)
 
 
-def _nothing(path: Path, choice: Choice) -> str:
+def _nothing(dropped: Path, choice: Choice) -> str:
     if choice.ids:
         return f"no row with the id {', '.join(map(shown, choice.ids))}"
-    reasons = Counter(str(row.get("reason")) for row in lines(path))
-    if choice.reason and reasons:
-        known = ", ".join(f"{visible(name)} ({count})" for name, count in reasons.most_common())
-        return f"no row was dropped as {shown(choice.reason)}; the reasons are {known}"
-    return "there are no rows"
+    reasons = Counter(str(row.get("reason")) for row in (lines(dropped) if dropped.exists() else ()))
+    known = ", ".join(f"{visible(name)} ({count})" for name, count in reasons.most_common())
+    return f"no row was dropped as {shown(choice.reason)}; " + (
+        f"the reasons are {known}" if known else "none was at all"
+    )
 
 
 def _show(row: Row, console: Console) -> None:
@@ -163,5 +167,5 @@ def _block(name: str, text: Text, label: int, console: Console) -> None:
     lines = text.wrap(console, width) if console.is_terminal else text.split("\n", allow_blank=True)
     for number, line in enumerate(lines or [Text()]):
         line.rstrip()
-        margin = Text((name if number == 0 else "").ljust(label), style="dim")
+        margin = Text().append((name if number == 0 else "").ljust(label), "dim")
         console.print(margin + line, soft_wrap=True)

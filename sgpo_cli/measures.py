@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 from sgpo_cli.comparison import distance
 
@@ -17,6 +17,7 @@ GRAM = 4  # words in a row that come again in a text that repeats itself
 LETTERS = 10  # that a text must have before its script counts
 MOST_WORDS = 1_000  # of a text, for what takes time
 OPENING = 3  # words
+FEWEST = 10  # texts that an opening must have
 
 
 @lru_cache(maxsize=1 << 16)
@@ -57,7 +58,7 @@ def openings(old: Sequence[str], new: Sequence[str]) -> list[dict[str, Any]]:
     found = [
         {"words": words, "new": round(count / len(new), 4), "old": round(before[words] / len(old), 4)}
         for words, count in sorted(after.items(), key=lambda item: (-item[1], item[0]))
-        if count / len(new) >= 0.05 and count / len(new) > 4 * (before[words] / len(old) + 0.005)
+        if count >= FEWEST and count / len(new) >= 0.05 and count / len(new) > 4 * (before[words] / len(old) + 0.005)
     ]
     return found[:5]
 
@@ -80,6 +81,11 @@ def script(text: str) -> str:
         if letter.isalpha():
             counts[_script_of(letter)] += count
     return min(counts, key=lambda name: (-counts[name], name)) if counts.total() >= LETTERS else ""
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number that arithmetic can take: no truth value, no NaN, no integer beyond floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float]:

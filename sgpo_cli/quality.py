@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sgpo_cli.comparison import plain, sides
 from sgpo_cli.errors import IntegrityError
 from sgpo_cli.measures import (
     edit_share,
+    finite,
     histogram,
     length_ratio,
     openings,
@@ -84,23 +85,32 @@ def has_sides(directory: Path) -> bool:
     return path.exists() and any(sides(row) for row in islice(lines(path), 1))
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a step's file, one at a time; raises IntegrityError for a line that is no JSON object."""
+def lines(path: Path, picked: Container[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a step's file, one at a time, or those with the picked numbers.
+
+    Raises:
+        IntegrityError: a line is not a JSON object.
+    """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise IntegrityError(f"{path}:{number}: not valid JSON ({error})", "make the step anew") from None
-            if not isinstance(row, dict):
-                raise IntegrityError(f"{path}:{number}: expected a JSON object", "make the step anew")
-            yield row
+        for number, line in enumerate(file):
+            if picked is None or number in picked:
+                yield _parsed(line, f"{path}:{number + 1}")
+
+
+def _parsed(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{place}: not valid JSON ({error})", "make the step anew") from None
+    if not isinstance(row, dict):
+        raise IntegrityError(f"{place}: expected a JSON object", "make the step anew")
+    return row
 
 
 def sampled(path: Path, size: int, seed: int = SEED) -> list[dict[str, Any]]:
     """A seeded sample of the rows, in file order."""
-    picked = _picked(count_rows(path), size, seed)
-    return [row for number, row in enumerate(lines(path)) if number in picked]
+    rows = count_rows(path)
+    return list(lines(path, _picked(rows, size, seed))) if rows else []
 
 
 def _picked(rows: int, size: int, seed: int = SEED) -> set[int]:
@@ -200,7 +210,7 @@ def _log_ppl(sample: Sequence[Row], dropped: Path) -> dict[str, Any]:
 
 
 def _numbers(rows: Iterable[Row]) -> list[float]:
-    return [value for row in rows if isinstance(value := row.get("log_ppl"), float | int) and math.isfinite(value)]
+    return [value for row in rows if finite(value := row.get("log_ppl"))]
 
 
 def _share(flags: Iterable[bool]) -> float:

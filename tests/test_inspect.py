@@ -59,6 +59,7 @@ def test_the_first_rows_with_what_differs(pairs: Path) -> None:
 
 def test_choices(pairs: Path) -> None:
     assert ids(shown(pairs, Choice(ids=["p7", "p31"]))) == ["p7", "p31"]
+    assert "p51 · cut" in shown(pairs, Choice(ids=["p51"]))
     assert ids(shown(pairs, Choice(rejects=True, limit=3))) == ["p50", "p51", "p52"]
     assert ids(shown(pairs, Choice(reason="cut"))) == ["p51", "p53", "p55"]
     assert "p51 · cut" in shown(pairs, Choice(reason="cut"))
@@ -140,7 +141,10 @@ def test_rows_that_changed_after_the_step_are_refused(echo_recipe: Path, sgpo: S
     assert "sha256 mismatch" in result.stderr
 
 
-def test_no_rejects_is_said(pairs: Path) -> None:
-    (pairs / "rejects.jsonl").write_text("")
-    with pytest.raises(UsageError, match="there are no rows"):
-        shown(pairs, Choice(rejects=True))
+def test_no_rejects_is_no_mistake(pairs: Path) -> None:
+    for change in (lambda path: path.write_text(""), Path.unlink):
+        change(pairs / "rejects.jsonl")
+        assert "0 of 0 rows" in shown(pairs, Choice(rejects=True))
+        assert "0 of 0 rows" in shown(pairs, Choice(rejects=True, sample=3))
+        with pytest.raises(UsageError, match="none was at all"):
+            shown(pairs, Choice(reason="cut"))

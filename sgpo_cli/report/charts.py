@@ -50,12 +50,12 @@ def number(value: float) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """At most about `count` round values from `low` to `high`, 1, 2 or 5 times a power of ten apart."""
+    """At most about `count` round values from `low` to `high`, 1, 2, 2.5 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     rough = (high - low) / count
     size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(tick * step, 12) for tick in range(first, last + 1)]

@@ -10,6 +10,7 @@ from typing import Any
 from sgpo_cli import artifacts, quality
 from sgpo_cli.configs import STAGES, own_options
 from sgpo_cli.errors import IntegrityError, UsageError
+from sgpo_cli.measures import finite
 from sgpo_cli.readers.strict import printable
 from sgpo_cli.report.schema import Log, Manifest, Metrics, Quality, Request, RunRecord, checked
 
@@ -162,15 +163,8 @@ def _list(path: Path, root: Path) -> list[dict[str, Any]]:
 
 def _numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The finite numbers of the records that have a step."""
-    finite = [
-        {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-        }
-        for record in history
-    ]
-    return [record for record in finite if "step" in record]
+    numbers = [{name: value for name, value in record.items() if finite(value)} for record in history]
+    return [record for record in numbers if "step" in record]
 
 
 def _sources(request: Request, names: dict[str, str]) -> Iterator[Source]:

@@ -4,7 +4,6 @@ A step with more rows than fit is sampled with a seed, so that the page stays sm
 """
 
 import json
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.comparison import differences, plain, sides
-from sgpo_cli.measures import edit_share, length_ratio
+from sgpo_cli.measures import edit_share, finite, length_ratio
 from sgpo_cli.quality import lines, sampled
 from sgpo_cli.report.collect import Run, StepFacts
 
@@ -81,11 +80,7 @@ def _compared(step: StepFacts) -> ExampleSet | None:
 
 def _example(row: Row, old: object, new: object, **more: Any) -> Row:
     before, after = (_cut(plain(text)) for text in (old, new))
-    facts = {
-        name: round(value, 4)
-        for name, value in row.items()
-        if name != "id" and isinstance(value, int | float) and math.isfinite(value)
-    }
+    facts = {name: round(value, 4) for name, value in row.items() if name != "id" and finite(value)}
     example = {
         "id": _cut(str(row.get("id", ""))),
         "prompt": _cut(plain(row.get("prompt"))),
@@ -125,6 +120,6 @@ def _evaluated(step: StepFacts) -> ExampleSet | None:
 def _answers(step: StepFacts, models: set[str]) -> Iterator[Row]:
     path = step.directory / DATA_FILES[0]
     for row in lines(path) if path.exists() else ():
-        scored = isinstance(row.get("score_policy_sampled"), int | float) and "policy_sampled" in row
+        scored = finite(row.get("score_policy_sampled")) and "policy_sampled" in row
         if scored and str(row.get("model")) in models and "id" in row:
             yield row

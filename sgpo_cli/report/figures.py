@@ -143,10 +143,11 @@ def _perplexity(step: StepFacts, quality: Quality) -> dict[str, Any]:
     assert manifest is not None
     series = [("kept", found.kept.counts)] + ([("dropped", found.dropped.counts)] if found.dropped else [])
     cut = manifest.log_ppl_threshold
+    limit = "" if cut is None else f", cut {cut:.3g}"
     return {
         "title": "Log-perplexity of the targets",
         "legend": [name for name, _ in series],
-        "note": "in nats a token, under the policy; the last bar holds what lies beyond",
+        "note": f"in nats a token, under the policy{limit}; the last bar holds what lies beyond",
         "svg": charts.histogram(
             f"{step.name}: perplexity",
             series,

@@ -8,10 +8,10 @@ from sgpo_cli.report.charts import add, canvas, markup
 from sgpo_cli.report.collect import StepFacts
 
 ROW, TOP = 46, 24
-REACH = 96  # of the widest arc
-TEXT = REACH + 24
-WIDTH = 430
-LETTERS = 50  # of a line of sources
+REACH = 76  # of the widest arc
+TEXT = REACH + 23
+WIDTH = 384
+LETTERS = 46  # of a line of sources
 
 
 def draw(steps: list[StepFacts]) -> Markup:

@@ -2,21 +2,22 @@
 
 import base64
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import MISSING
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from sgpo_cli import artifacts, prompts
 from sgpo_cli.configs import STAGES, own_options
 from sgpo_cli.report import figures, lineage
-from sgpo_cli.report.charts import number
 from sgpo_cli.report.collect import Run, StepFacts, collect
 from sgpo_cli.report.examples import embed, example_sets
 
@@ -39,11 +40,9 @@ def write(directory: Path, output: Path | None = None) -> Path:
 
 def build(run: Run) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"seconds": seconds, "count": count, "percent": percent, "number": number}
     script, style = _part("report.js"), _part("report.css")
     examples = example_sets(run)
-    return environment.from_string(_part("report.html.j2")).render(
+    return _template().render(
         run=run,
         finished=max((step.manifest.finished for step in run.steps if step.manifest), default=""),
         total_seconds=sum(step.manifest.seconds for step in run.steps if step.manifest),
@@ -64,6 +63,14 @@ def build(run: Run) -> str:
         policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
     )
+
+
+@cache
+def _template() -> Template:
+    # autoescape is off by default in Jinja; with it, whatever a row says stays text.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"seconds": seconds, "count": count, "percent": percent}
+    return environment.from_string(_part("report.html.j2"))
 
 
 def _part(name: str) -> str:
@@ -146,8 +153,6 @@ def _default(entry: Any) -> Any:
 
 
 def _flag(name: str, value: Any) -> Iterator[str]:
-    import json
-
     flag = "--" + name.replace("_", "-")
     if value is True:
         yield flag
