@@ -7,6 +7,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 DONE, PARTIAL, MISSING, STALE, CHANGED = "up to date", "continues", "to do", "out of date", "changed"
 DAMAGED, NEEDS = "damaged", "cannot run"
 REPORT, RUN = "report.html", "run.json"
+# A URL with what may be secret in it: user and password, query.
+URL = re.compile(r"""(https?://)(?:[^\s/@"']*@)?([^\s?"']*)(?:\?[^\s"']*)?""")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
 
 def _write_report(book: recipe.Recipe) -> None:
     """The report of the run, by a process of its own: whatever becomes of it, the steps are done."""
-    record = {"command": _command(book), "recipe": book.path.read_text(encoding="utf-8")}
+    record = {"command": _command(book), "recipe": URL.sub(r"\1\2", book.path.read_text(encoding="utf-8"))}
     artifacts.write_atomically(book.run_dir / RUN, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     command = ["report", str(book.run_dir)]
     if subprocess.run([sys.executable, "-m", "sgpo_cli", *command], stdout=subprocess.DEVNULL).returncode == 0:

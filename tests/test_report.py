@@ -283,6 +283,32 @@ def test_a_partial_run_is_reported_as_such(run: Path) -> None:
     assert "Reward margin" in text
 
 
+def test_the_bill_of_a_remote_model_is_in_the_page(run: Path) -> None:
+    directory = run / "harmless targets"
+    bill = {"url": "http://localhost:8000/v1", "prompt_tokens": 5_000, "completion_tokens": 700, "cost": 1.25}
+    finish(directory, "make-targets", {}, 1, rows_in=3, rows_out=3, teacher=bill, prompt_tokens=20)
+    text = Page(write(run)).text
+    assert "5\u202f020" in text
+    assert "1.2500" in text
+
+
+def test_the_cut_of_the_gap_method_is_no_place_on_the_axis_of_perplexities(run: Path) -> None:
+    directory = run / "harmless filtered"
+    finish(directory, "filter-ppl", {}, 2, rows_in=3, rows_out=2, config={"method": "gap"}, log_ppl_threshold=0.3)
+    page = Page(write(run))
+    assert "cut by the distance to the response's, 0.3" in page.text
+    assert "cut 0.3" not in page.text
+
+
+def test_entries_without_a_score_are_left_out_and_what_was_printed_is_shown(run: Path) -> None:
+    directory = run / "harmless scores"
+    (directory / "metrics.json").write_text(json.dumps({"models": [{"name": "x", "score": None}], "more": 1}))
+    finish(directory, "evaluate", {}, 5, rows_in=6, rows_out=6, report=["model win rate", "m1 0.75"])
+    text = Page(write(run)).text
+    assert "m1 0.75" in text
+    assert "95 % interval" not in text
+
+
 def test_a_single_step_and_no_step(run: Path, tmp_path: Path) -> None:
     assert "harmless pairs" in Page(write(run / "harmless pairs", tmp_path / "one.html")).text
     (tmp_path / "empty").mkdir()
@@ -303,10 +329,14 @@ def test_the_command_line(run: Path, sgpo: Sgpo) -> None:
 
 
 def test_a_run_writes_its_report_and_survives_when_it_cannot(echo_recipe: Path, sgpo: Sgpo) -> None:
+    with echo_recipe.open("a") as file:
+        file.write("# see https://me:secret1@host/v1?key=secret2 for more\n")
     result = sgpo("run", "echo.yaml", "--seed", 3)
     assert result.returncode == 0, result.stderr
     report = echo_recipe.parent / "runs/echo/report.html"
     assert "sgpo run echo.yaml --seed 3" in report.read_text()
+    assert "see https://host/v1 for more" in report.read_text()
+    assert "secret" not in report.read_text() + (report.parent / "run.json").read_text()
     before = report.stat().st_mtime_ns
     assert sgpo("run", "echo.yaml", "--seed", 3).returncode == 0
     assert report.stat().st_mtime_ns == before  # nothing ran, nothing to tell

@@ -43,6 +43,7 @@ def headline(run: Run) -> str:
 def scores(step: StepFacts) -> dict[str, Any]:
     """The table of a step's scores: a group for each role and decoding, a row for each model."""
     entries = step.metrics.models if step.metrics else []
+    judge = str(step.request.config.get("judge", ""))
     low = min(0.0, *(entry.ci95[0] for entry in entries))
     high = max(1.0, *(entry.ci95[1] for entry in entries))
     names = list(dict.fromkeys(entry.name for entry in entries))
@@ -52,11 +53,7 @@ def scores(step: StepFacts) -> dict[str, Any]:
         order = names.index(entry.name) % 6 + 1
         drawn = charts.interval(entry.name, entry.score, entry.ci95, (low, high), order)
         groups.setdefault(title, []).append((entry, drawn))
-    return {"step": step.name, "groups": groups, "scale": charts.scale((low, high)), "judge": _judge(step)}
-
-
-def _judge(step: StepFacts) -> str:
-    return str(step.request.config.get("judge", ""))
+    return {"step": step.name, "groups": groups, "scale": charts.scale((low, high)), "judge": judge}
 
 
 def funnel(run: Run) -> dict[str, Any]:
@@ -144,6 +141,8 @@ def _perplexity(step: StepFacts, quality: Quality) -> dict[str, Any]:
     series = [("kept", found.kept.counts)] + ([("dropped", found.dropped.counts)] if found.dropped else [])
     cut = manifest.log_ppl_threshold
     limit = "" if cut is None else f", cut {cut:.3g}"
+    if step.request.config.get("method") == "gap":  # its threshold is a difference, no place on this axis
+        cut, limit = None, f"; cut by the distance to the response's, {cut}"
     return {
         "title": "Log-perplexity of the targets",
         "legend": [name for name, _ in series],
@@ -189,21 +188,24 @@ def costs(run: Run) -> dict[str, Any]:
     """Time, tokens, memory and money of each step."""
     done = [(step, step.manifest) for step in run.steps if step.manifest]
     most = max((manifest.seconds for _, manifest in done), default=0.0)
-    rows = []
-    for step, manifest in done:
-        made = manifest.completion_tokens
-        trained = manifest.training.tokens if manifest.training else None
-        spent = manifest.generation_seconds if made else manifest.seconds
-        tokens = made if made is not None else trained
-        rows.append(
-            {
-                "name": step.name,
-                "stage": step.stage,
-                "manifest": manifest,
-                "trained": trained,
-                "rate": tokens / spent if tokens and spent else None,
-                "bar": charts.bar(f"{step.name}: {manifest.seconds:.1f} s", [manifest.seconds], most),
-            }
-        )
-    spent_money = [manifest.cost for _, manifest in done if manifest.cost is not None]
-    return {"rows": rows, "cost": sum(spent_money) if spent_money else None}
+    rows = [_cost(step, manifest, most) for step, manifest in done]
+    spent = [row["cost"] for row in rows if row["cost"] is not None]
+    return {"rows": rows, "cost": sum(spent) if spent else None}
+
+
+def _cost(step: StepFacts, manifest: Manifest, most: float) -> dict[str, Any]:
+    written = manifest.total("completion_tokens")
+    trained = manifest.training.tokens if manifest.training else None
+    tokens = trained if written is None else written
+    seconds = manifest.seconds if written is None else manifest.generation_seconds or manifest.seconds
+    return {
+        "name": step.name,
+        "stage": step.stage,
+        "manifest": manifest,
+        "read": manifest.total("prompt_tokens"),
+        "written": written,
+        "trained": trained,
+        "rate": tokens / seconds if tokens and seconds else None,
+        "cost": manifest.total("cost"),
+        "bar": charts.bar(f"{step.name}: {manifest.seconds:.1f} s", [manifest.seconds], most),
+    }

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from sgpo_cli.errors import IntegrityError
+from sgpo_cli.measures import finite
 
 Rows = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -85,7 +86,12 @@ class Request(Part):
 
 
 class Manifest(Request):
-    """See `Step.finish`; keys that a stage does not have stay at their defaults."""
+    """See `Step.finish`; keys that a stage does not have stay at their defaults.
+
+    Further keys are kept as they are: a pass with a remote model leaves its bill under its own name.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
     rows_in: Rows | None = None
     rows_out: Rows | None = None
@@ -94,7 +100,6 @@ class Manifest(Request):
     generation_seconds: Seconds | None = None
     prompt_tokens: Rows | None = None
     completion_tokens: Rows | None = None
-    cost: Annotated[float, Field(ge=0)] | None = None
     peak_memory_mib: Rows | None = None
     finished: Name
     run_id: Name
@@ -104,6 +109,12 @@ class Manifest(Request):
     quality: Quality | None = None
     log_ppl_threshold: float | None = None
     report: list[str] = []
+
+    def total(self, name: str) -> float | None:
+        """`cost` or a number of tokens, of this step and its passes with remote models; None if none has it."""
+        places = [vars(self), *((self.model_extra or {}).values())]
+        found = [place[name] for place in places if isinstance(place, dict) and finite(place.get(name))]
+        return sum(found) if found else None
 
 
 class Score(Part):
@@ -116,7 +127,16 @@ class Score(Part):
 
 
 class Metrics(Part):
+    """Scores; entries without a score, such as a model whose answers could not be judged, are left out."""
+
     models: list[Score] = []
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _scored(cls, entries: object) -> object:
+        if not isinstance(entries, list):
+            return entries
+        return [entry for entry in entries if not isinstance(entry, dict) or entry.get("score", 0) is not None]
 
 
 class Log(Part):
