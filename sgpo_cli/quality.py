@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = 5_000
 SEED = 1
-MOST_KEYS = 1_000_000
+MOST_KEYS = 100_000
 LONG_ENOUGH = 20  # words; shorter texts say nothing about repetition or a missing end
 END = re.compile(r"[^\w,;:\-]\s*$")
 TEXTS = ("prompt", "rejected", "chosen", "response", "target", "reference", "completion")

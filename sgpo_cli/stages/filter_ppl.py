@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from itertools import chain
 
+from sgpo_cli import quality
 from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import BatchResult, Row, run_batches
 from sgpo_cli.configs import FilterPplConfig
@@ -41,7 +42,8 @@ def run(config: FilterPplConfig, step: Step) -> None:
         decided = ((row, _reason(row, too_high)) for row in scored)
         counts = step.write_rows(chain(set_aside(rows), decided))
         median = round(statistics.median(values), 6) if values else None
-        step.finish(DATA_FILES, {**counts, "log_ppl_median": median, "log_ppl_threshold": threshold})
+        facts = {**counts, "log_ppl_median": median, "log_ppl_threshold": threshold}
+        step.finish(DATA_FILES, facts | quality.facts(step.directory))
 
 
 def rule(config: FilterPplConfig, values: Iterable[float]) -> tuple[Callable[[Row], bool], float]:

@@ -3,7 +3,7 @@
 from itertools import chain
 from typing import Any
 
-from sgpo_cli import prompts
+from sgpo_cli import prompts, quality
 from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import Row
 from sgpo_cli.configs import GenPairsConfig
@@ -42,7 +42,9 @@ def run(config: GenPairsConfig, step: Step) -> None:
         )
         outcomes = (_outcome(row, *pair, config, forbidden) for row, pair in zip(rows, pairs, strict=True))
         counts = step.write_rows(chain(set_aside(rows), outcomes))
-        step.finish(DATA_FILES, {**counts, **passes.stats, "improver_prompt": request})
+        step.finish(
+            DATA_FILES, {**counts, **passes.stats, **quality.facts(step.directory), "improver_prompt": request}
+        )
 
 
 def _outcome(

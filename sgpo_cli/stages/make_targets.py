@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from itertools import chain
 
+from sgpo_cli import quality
 from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.batches import Row
 from sgpo_cli.configs import MakeTargetsConfig
@@ -48,7 +49,7 @@ def run(config: MakeTargetsConfig, step: Step) -> None:
             for row, response, target in zip(answered, responses, targets, strict=True)
         )
         counts = step.write_rows(chain(set_aside(rows), outcomes))
-        step.finish(DATA_FILES, {**counts, **passes.stats})
+        step.finish(DATA_FILES, {**counts, **passes.stats, **quality.facts(step.directory)})
 
 
 def dry_run(config: MakeTargetsConfig) -> list[str]:
