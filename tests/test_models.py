@@ -7,32 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_lines, write_lines
+from conftest import SMALL, chat, read_lines, run_stage, sentence, weights, write_lines
 
-from sgpo_cli import artifacts, identity, recipe
 from sgpo_cli.errors import DivergedError, IncompleteError, SgpoError, UsageError
-from sgpo_cli.step import Step
 
 pytestmark = pytest.mark.model
-
-WORDS = "the small harbour keeps every lost umbrella and lantern safe until somebody asks for it".split()
-
-
-def sentence(number: int) -> str:
-    return " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(3 + number % 9))
-
-
-def chat(number: int) -> list[dict[str, str]]:
-    return [{"role": "user", "content": sentence(number)}]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sgpo_cli.demo.model import build_base
-
-    directory = tmp_path_factory.mktemp("models") / "base"
-    build_base(directory, [sentence(number) for number in range(50)], seed=1)
-    return directory
 
 
 @pytest.fixture
@@ -56,24 +35,6 @@ def answers(tmp_path: Path) -> Path:
     rows = [{"prompt": sentence(n), "completion": sentence(n + 1), "text": "not for TRL"} for n in range(24)]
     write_lines(tmp_path / "answers.jsonl", rows)
     return tmp_path / "answers.jsonl"
-
-
-def run_stage(stage: str, output: Path, **options: Any) -> dict[str, Any]:
-    """One stage in this process; returns its manifest."""
-    import importlib
-
-    config = recipe.build_config(stage, {"output_dir": str(output), **options}, "test")
-    step = Step(output, identity.request_of(stage, config))
-    identity.check_inputs(config)
-    importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").run(config, step)
-    return artifacts.read_manifest(output) or {}
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model.safetensors").read_bytes()
-
-
-SMALL = {"per_device_train_batch_size": 4, "max_length": 128, "num_train_epochs": 1, "bf16": False}
 
 
 class TestEngine:
@@ -274,8 +235,6 @@ class TestTraining:
         assert adapted != plain
         row = ([chat(1)], [sentence(2)])
         assert Scorer(str(adapter)).score(*row)[0].log_ppl < Scorer(str(base)).score(*row)[0].log_ppl
-        with pytest.raises(UsageError, match="an adapter cannot be trained further yet"):
-            run_stage("sft", tmp_path / "more", model_name_or_path=str(adapter), dataset=str(answers), **options)
 
     def test_the_saved_model_is_ready_for_others(self, base: Path, answers: Path, tmp_path: Path) -> None:
         options = SMALL | {"max_steps": 1}
