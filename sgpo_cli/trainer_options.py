@@ -52,6 +52,7 @@ def _defaults(trainer: str, options: dict[str, Any]) -> dict[str, Any]:
         "use_cpu": not on_gpu,  # TRL's bf16 default is refused on a machine without a GPU unless this is set
         "activation_checkpointing": on_gpu,  # the old name, gradient_checkpointing, warns at every start
         "logging_first_step": True,  # the first loss proves the reference model
+        "ddp_find_unused_parameters": False,  # on, every step searches for what these models do not have
         "save_total_limit": 2,  # of checkpoints; each is three times the model
         "disable_tqdm": True,  # `LogProgress` speaks instead
     }

@@ -92,6 +92,8 @@ def train(
             step.finish(names, {**_counts(lengths, rejected), "training": found, **(facts or {})})
             if config.trainer.get("push_to_hub"):
                 saving.push(trainer.args, step.directory, names)
+        # Together: gloo (torch 2.13) can wait for itself for ever when it is taken down right after a collective.
+        launch.wait()
         trainer.end()  # type: ignore[no-untyped-call]
 
 
@@ -132,6 +134,7 @@ def build(
             checks.StopOnNan(),
             checks.LogProgress(step.request.stage),
             checkpoints.SealCheckpoints(),
+            checkpoints.SaveWhenTerminated(),
             *([reference] if reference else []),
         ],
     )
