@@ -58,7 +58,18 @@ def _defaults(trainer: str, options: dict[str, Any]) -> dict[str, Any]:
     }
     if on_gpu and not torch.cuda.is_bf16_supported():
         defaults["bf16"] = False
-    return defaults
+    return defaults | (_dpo_defaults(options, on_gpu) if trainer == "dpo" else {})
+
+
+def _dpo_defaults(options: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """The reference's log-probabilities are computed once if that saves time (epochs) or memory (on a GPU)."""
+    once = on_gpu or options.get("num_train_epochs", DPOConfig.num_train_epochs) > 1
+    per_device = options.get("per_device_train_batch_size", DPOConfig.per_device_train_batch_size)
+    return {
+        "train_sampling_strategy": "group_by_length",
+        "precompute_ref_log_probs": once and not options.get("sync_ref_model", False),
+        "precompute_ref_batch_size": 4 * per_device,  # nothing is kept for a backward pass
+    }
 
 
 def _accumulation(config: TrainConfig, options: dict[str, Any]) -> int:

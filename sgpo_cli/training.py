@@ -5,6 +5,7 @@ one locks and writes the step.
 """
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
 from sgpo_cli import checkpoints, checks, launch, row_checks, saving, smoke, trainer_options
 from sgpo_cli.configs import TrainConfig
-from sgpo_cli.errors import IncompleteError
+from sgpo_cli.errors import IncompleteError, UsageError
 from sgpo_cli.loading import end_tokens_of, refusals
 from sgpo_cli.row_checks import Lengths, RowTokens
-from sgpo_cli.row_order import GlobalOrderDPOTrainer, GlobalOrderSFTTrainer
+from sgpo_cli.row_order import GlobalDPOTrainer, GlobalSFTTrainer, GroupedDPOTrainer, GroupedSFTTrainer
 from sgpo_cli.start_model import HALF, Method, StartModel
 from sgpo_cli.step import Step
 from sgpo_cli.trainer_options import Arguments
@@ -30,10 +31,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Trainer = SFTTrainer | DPOTrainer
-TRAINERS: dict[str, tuple[type[Trainer], type[Trainer]]] = {
-    "sft": (SFTTrainer, GlobalOrderSFTTrainer),
-    "dpo": (DPOTrainer, GlobalOrderDPOTrainer),
-}
+CACHE = "cache"  # in the step's directory, until it is done
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,19 @@ def train(
     lengths, found = check(job, tokens)
     with step if launch.is_main() else nullcontext():
         launch.wait()  # until the main process holds the lock
-        with refusals(config.model_name_or_path):
-            trainer, reference = build(job, rows, tokens, step)
-            trainer.get_train_dataloader()
+        try:
+            with refusals(config.model_name_or_path):
+                trainer, reference = build(job, rows, tokens, step)
+                trainer.get_train_dataloader()
+        except UsageError:
+            shutil.rmtree(step.directory / CACHE, ignore_errors=True)  # refused: nothing shall be left
+            raise
         fit(trainer, step.directory)
         names = save(job, trainer, step.directory)
         found |= _summary(trainer, lengths, reference) | _look(job, trainer, rows, tokens)
         if launch.is_main():
             step.finish(names, {**_counts(lengths, rejected), "training": found, **(facts or {})})
+            shutil.rmtree(step.directory / CACHE, ignore_errors=True)
             if config.trainer.get("push_to_hub"):
                 saving.push(trainer.args, step.directory, names)
         # Together: gloo (torch 2.13) can wait for itself for ever when it is taken down right after a collective.
@@ -124,11 +127,10 @@ def build(
     args = job.args
     reference = checks.CheckReference(args.loss_type) if isinstance(args, DPOConfig) else None
     models = _models(job)
-    # The pair in TRAINERS fits the arguments.
-    trainer = TRAINERS[job.config.TRAINER][_needs_global_order(job)](
+    trainer = _trainer_class(job)(
         **models,
         args=args,  # type: ignore[arg-type]
-        train_dataset=_dataset(job, rows, tokens),
+        train_dataset=_dataset(job, rows, tokens, step.directory),
         processing_class=job.tokenizer,
         callbacks=[
             checks.StopOnNan(),
@@ -143,18 +145,41 @@ def build(
     return trainer, reference
 
 
-def _needs_global_order(job: Job) -> bool:
-    """With one process and TRL's own batches, the order of rows is TRL's."""
-    return job.config.global_batch_size is not None or launch.world_size() > 1
+def _trainer_class(job: Job) -> type[Trainer]:
+    """TRL's trainer, with an order of rows that is right for several processes and for a run that continues."""
+    together = job.config.global_batch_size is not None or launch.world_size() > 1
+    if job.config.TRAINER == "sft":
+        return GlobalSFTTrainer if together else GroupedSFTTrainer
+    if together:
+        return GlobalDPOTrainer
+    return GroupedDPOTrainer if job.args.train_sampling_strategy == "group_by_length" else DPOTrainer
 
 
-def _dataset(job: Job, rows: Sequence[Row], tokens: Sequence[RowTokens]) -> Dataset:
+def _dataset(job: Job, rows: Sequence[Row], tokens: Sequence[RowTokens], directory: Path) -> Dataset:
     kwargs = job.config.chat_template_kwargs
     extra: Row = {"chat_template_kwargs": kwargs} if kwargs else {}
-    if job.config.TRAINER == "sft":
+    if not isinstance(job.args, DPOConfig):
         return Dataset.from_list([{**row, **extra} for row in rows])
     # TRL's preference rows have no column that `group_by_length` could measure.
-    return Dataset.from_list([{**row, **extra, "length": each.total} for row, each in zip(rows, tokens, strict=True)])
+    pairs = [{**row, **extra, "length": each.total} for row, each in zip(rows, tokens, strict=True)]
+    if not job.args.precompute_ref_log_probs:
+        return Dataset.from_list(pairs)
+    pairs.sort(key=lambda pair: -pair["length"])  # equal lengths together: the reference pass pads little
+    return _on_disk(pairs, directory / CACHE)
+
+
+def _on_disk(pairs: list[Row], cache: Path) -> Dataset:
+    """The pairs as a data set in a directory, where TRL keeps the reference's log-probabilities beside them.
+
+    In memory they would be computed again by a run that continues, and several processes would crash, as each has
+    temporary files of its own.
+    """
+    if launch.is_main() and not cache.exists():
+        temporary = cache.with_name(CACHE + ".tmp")
+        Dataset.from_list(pairs).save_to_disk(temporary)
+        temporary.replace(cache)
+    launch.wait()
+    return load_from_disk(cache)
 
 
 def _models(job: Job) -> dict[str, Any]:
