@@ -124,6 +124,8 @@ class RemoteConfig(GenerateConfig):
 class TrainConfig(DataConfig):
     """A stage that trains through TRL; any field of TRL's configs is an option too."""
 
+    DRY_RUN: ClassVar[bool] = True
+
     model_name_or_path: str = option("The model to start from: a step, a model directory or a Hub name.", kind="model")
     chat_template_kwargs: dict[str, Any] = option(
         "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",

@@ -6,7 +6,7 @@ batch is taken from the start of the epoch's order: every row is seen, fewer tha
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,30 @@ class SeededOrder(Sampler[int]):
         lengths: tokens of each row.
         size: rows of an optimizer step, over all processes.
         strategy: TRL's `train_sampling_strategy`.
+        epoch: the number of the epoch that begins. Asked for, because accelerate (1.15) does not tell the sampler
+            of several processes when training continues within an epoch.
         whole: fill the last batch.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, strategy: str, seed: int, *, whole: bool = True) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        size: int,
+        strategy: str,
+        seed: int,
+        epoch: Callable[[], int],
+        *,
+        whole: bool = True,
+    ) -> None:
         self._lengths, self._size, self._strategy, self._seed = lengths, size, strategy, seed
-        self._count = -(-len(lengths) // size) * size if whole else len(lengths)
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch, also when training resumes."""
         self._epoch = epoch
+        self._count = -(-len(lengths) // size) * size if whole else len(lengths)
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        dice = torch.Generator().manual_seed(self._seed + self._epoch)
+        dice = torch.Generator().manual_seed(self._seed + self._epoch())
         rows = len(self._lengths)
         if self._strategy == "group_by_length":
             order = get_length_grouped_indices(self._lengths, self._size, generator=dice)
@@ -71,7 +78,10 @@ class _SeededOrder:
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         lengths = rows["length"] if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
         strategy = args.train_sampling_strategy
-        return SeededOrder(list(lengths), size, strategy, args.seed, whole=self.whole_batches)
+        return SeededOrder(list(lengths), size, strategy, args.seed, self._epoch, whole=self.whole_batches)
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)  # type: ignore[attr-defined]
 
 
 class GlobalSFTTrainer(_SeededOrder, SFTTrainer):
