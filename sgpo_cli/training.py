@@ -17,7 +17,8 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
-from sgpo_cli import checkpoints, checks, launch, row_checks, saving, smoke, trainer_options
+from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving, smoke, trainer_options
+from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.configs import TrainConfig
 from sgpo_cli.errors import IncompleteError, UsageError
 from sgpo_cli.loading import end_tokens_of, refusals
@@ -91,10 +92,14 @@ def train(
         names = save(job, trainer, step.directory)
         found |= _summary(trainer, lengths, reference) | _look(job, trainer, rows, tokens)
         if launch.is_main():
-            step.finish(names, {**_counts(lengths, rejected), "training": found, **(facts or {})})
+            books = _counts(lengths, rejected)
+            history = model_card.lineage(config, step.request.stage, job.method.name, job.args, books["rows_out"])
+            card = model_card.text(step.directory.name, history, found)
+            write_atomically(step.directory / "README.md", card)
+            step.finish([*names, "README.md"], {**books, "training": found, "lineage": history, **(facts or {})})
             shutil.rmtree(step.directory / CACHE, ignore_errors=True)
             if config.trainer.get("push_to_hub"):
-                saving.push(trainer.args, step.directory, names)
+                saving.push(trainer.args, step.directory, [*names, "README.md"])
         # Together: gloo (torch 2.13) can wait for itself for ever when it is taken down right after a collective.
         launch.wait()
         trainer.end()  # type: ignore[no-untyped-call]
@@ -221,7 +226,7 @@ def save(job: Job, trainer: Trainer, directory: Path) -> list[str]:
         return []
     if not trainer_options.changes_tokenizer(job.config):
         saving.keep_tokenizer(job.config.model_name_or_path, temporary, job.start.revision)
-    (directory / "README.md").unlink(missing_ok=True)  # TRL's card names no base model for a local one
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card, of empty sections; ours comes last
     return saving.reveal(temporary, directory)
 
 

@@ -51,7 +51,8 @@ def starts(base: Path, data: dict[str, str], tmp_path_factory: pytest.TempPathFa
 def greedy(model: Path) -> list[str]:
     from sgpo_cli.engines import Sampling, open_engine
 
-    made = open_engine("transformers", str(model)).generate([chat(n) for n in range(4)], Sampling(12, temperature=0.0))
+    engine = open_engine("transformers", str(model))
+    made = engine.generate([chat(n) for n in range(4)], Sampling(12, temperature=0.0), [0] * 4)
     return [each.text for each in made]
 
 
@@ -157,6 +158,40 @@ def test_quantised_linear_layers_are_really_four_bits(
     assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 2 * 7  # two layers
     assert job.method.adapter is not None
     assert job.method.adapter.target_modules == "all-linear"
+
+
+def test_the_card_tells_how_the_model_was_made_and_the_hub_gets_it(
+    starts: dict[str, Path], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        """Remembers what it is asked for."""
+
+        def __init__(self, token: str | None = None) -> None:
+            pass
+
+        def create_repo(self, name: str, **options: Any) -> Any:
+            calls.append((name, options))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(("upload", options))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    options = FAST | {"model_name_or_path": str(starts["lora"]), "dataset": data["dpo"], "use_peft": True}
+    facts = run_stage("dpo", tmp_path / "m1", **options, push_to_hub=True, hub_model_id="me/m1", hub_private_repo=True)
+    card = (tmp_path / "m1" / "README.md").read_text()
+    assert [step["stage"] for step in facts["lineage"]] == ["sft", "dpo"]
+    for part in ("| sft |", "| dpo |", "16", "learning_rate 0.005", "first loss: 0.6931", "trl 1.", "2507.20181"):
+        assert part in card
+    assert str(tmp_path) not in card  # no path of this machine
+    (name, created), (_, uploaded) = calls
+    assert (name, created["private"]) == ("me/m1", True)
+    assert {"README.md", "adapter_model.safetensors"} <= set(uploaded["allow_patterns"])
+    assert "request.json" not in uploaded["allow_patterns"]
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"lora_target_modules": "nothing", "use_peft": True}])

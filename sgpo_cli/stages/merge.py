@@ -28,5 +28,5 @@ def run(config: MergeConfig, step: Step) -> None:
         saving.save_tokenizer(tokenizer, config.model_name_or_path, temporary)
         before = read_manifest(Path(config.model_name_or_path)) or {}
         known = before.get("config", {}) | before  # what later steps ask of a model's manifest
-        facts = {name: known[name] for name in ("improver_prompt", "chat_template_kwargs") if name in known}
+        facts = {name: known[name] for name in ("improver_prompt", "chat_template_kwargs", "lineage") if name in known}
         step.finish(saving.reveal(temporary, step.directory), facts)
