@@ -69,21 +69,17 @@ def text(name: str, steps: Sequence[Mapping[str, Any]], training: Mapping[str, A
         head["base_model"] = base
     head["tags"] = ["sgpo", "trl", str(steps[-1]["stage"])]
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-    return (
-        "\n\n".join(
-            [
-                f"---\n{front}\n---",
-                f"# {name}",
-                f"Trained from `{base}` with sgpo: a model learns to improve its own answers, and DPO on its answers and "
-                "improvements makes it better.",
-                "## How it was made\n\n" + _table(steps),
-                "## Training\n\n" + _facts(training),
-                "## Versions\n\n" + ", ".join(f"{package} {version}" for package, version in versions().items()),
-                "## Citation\n\n" + CITATION,
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        f"---\n{front}\n---",
+        f"# {name}",
+        f"Trained from `{base}` with sgpo: a model learns to improve its own answers, and DPO on its answers and its "
+        "improvements makes it better.",
+        "## How it was made\n\n" + _table(steps),
+        "## Training\n\n" + _facts(training),
+        "## Versions\n\n" + ", ".join(f"{package} {version}" for package, version in versions().items()),
+        "## Citation\n\n" + CITATION,
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(steps: Sequence[Mapping[str, Any]]) -> str:
