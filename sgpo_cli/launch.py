@@ -44,6 +44,8 @@ def agreed(value: Any) -> Any:
 
 def use_all_gpus() -> None:
     """Start again with a process for each visible GPU, unless a launcher has done so; TRL needs one each."""
+    if world_size() > 1:
+        _hand_over_death(signal.SIGKILL)  # a launcher that was killed must not leave ranks behind that hold the lock
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
         return
@@ -67,7 +69,7 @@ def _launcher(processes: int) -> list[str]:
 
 
 def _hand_over_death(signum: int) -> None:
-    """`sgpo run` has its steps killed when it dies itself; a launcher must get the chance to stop its ranks."""
+    """What this process gets when its parent dies: a launcher a signal at which it stops its ranks."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signum)

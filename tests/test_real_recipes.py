@@ -121,7 +121,7 @@ def shrink(path: Path, models: dict[str, str]) -> dict[str, Any]:
             step["dataset"] = "prompts.jsonl" if step["stage"] == "gen-pairs" else "sft.jsonl"
         step |= {"global_batch_size": 8} if "global_batch_size" in step else {}
         step |= {"engine": "echo", "batch_size": 8} if step["stage"] in ("make-targets", "gen-pairs") else {}
-        step |= {"teacher": "reference", "gates": "none"} if "teacher" in step else {}
+        step |= {"teacher": "reference", "gates": ["none"]} if "teacher" in step else {}
         for key in ("price", "max_cost", "dataset_num_proc", "engine_options", "split"):
             step.pop(key, None)
         if step["stage"] == "gen-pairs":
@@ -140,6 +140,7 @@ HUB = {
 
 @pytest.mark.slow
 @pytest.mark.model
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(
     base: Path, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +154,8 @@ def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / path.name).write_text(yaml.safe_dump(shrink(path, HUB), sort_keys=False))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    result = run(tmp_path, "run", path.name)
+    command = [sys.executable, "-m", "sgpo_cli", "run", path.name]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stderr
     book = recipe.read(tmp_path / path.name)
     for step in book.steps.values():
