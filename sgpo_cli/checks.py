@@ -1,21 +1,14 @@
-"""Checks that training is what it says: reference model, NaN, lengths. Each answers a way to fail silently."""
+"""Checks while a model is trained: reference model, NaN, progress. Each answers a way to fail silently."""
 
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sgpo_cli.errors import DivergedError, UsageError
+from sgpo_cli.errors import DivergedError
 
 logger = logging.getLogger(__name__)
 
@@ -120,58 +113,3 @@ class LogProgress(TrainerCallback):
             more,
             left,
         )
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How the rows fit in `max_length` tokens."""
-
-    rows: int
-    longest: int
-    cut: int
-    dropped: int
-    max_length: int | None
-
-    def __str__(self) -> str:
-        limit = f"max_length {self.max_length}" if self.max_length else "no max_length"
-        return (
-            f"{self.rows} rows, longest {self.longest} tokens, {limit}: "
-            f"{self.cut} cut ({self.cut / self.rows:.1%}), {self.dropped} dropped ({self.dropped / self.rows:.1%})"
-        )
-
-
-def check_lengths(lengths: Sequence[tuple[int, int]], max_length: int | None, max_share: float) -> Lengths:
-    """Count what TRL will cut or drop without a word.
-
-    Args:
-        lengths: (tokens of the prompt, tokens of the whole row) per row.
-
-    Raises:
-        UsageError: more than `max_share` of the rows would be cut or dropped.
-    """
-    limit = max_length or max(total for _, total in lengths)
-    dropped = sum(prompt >= limit for prompt, _ in lengths)
-    cut = sum(total > limit for _, total in lengths) - dropped
-    found = Lengths(len(lengths), max(total for _, total in lengths), cut, dropped, max_length)
-    logger.info("%s", found)
-    if cut + dropped > max_share * len(lengths) or dropped == len(lengths):
-        raise UsageError(
-            f"max_length {max_length}: {cut} of {len(lengths)} rows would be cut, {dropped} dropped; the longest "
-            f"has {found.longest} tokens",
-            "raise --max-length, shorten the rows, or allow more with --max-truncated-share",
-        )
-    return found
-
-
-def show_examples(tokenizer: PreTrainedTokenizerBase, rows: Any, count: int = 3) -> None:
-    """Print decoded training rows, with the tokens that carry a label, as the trainer will see them."""
-    for number in range(min(count, len(rows))):
-        row = rows[number]
-        if "labels" in row:
-            labels = [token for token in row["labels"] if token != -100]
-            logger.debug("example %d: %r", number, tokenizer.decode(row["input_ids"]))
-            logger.debug("  trained on: %r", tokenizer.convert_ids_to_tokens(labels))
-        else:
-            logger.debug("example %d: %r", number, tokenizer.decode(row["prompt_ids"]))
-            logger.debug("  chosen:   %r", tokenizer.decode(row["chosen_ids"]))
-            logger.debug("  rejected: %r", tokenizer.decode(row["rejected_ids"]))

@@ -180,17 +180,19 @@ def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
     from sgpo_cli.errors import UsageError
     from sgpo_cli.step import Step
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes for one step are not supported yet", "launch it with one process")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not config.TRAINER:
+        raise UsageError(f"several processes for one {stage} are not supported yet", "launch it with one process")
+    main_process = os.environ.get("RANK", "0") == "0"
     identity.refuse_nesting(config)
     step = Step(config.output_dir, identity.request_of(stage, config), fresh=fresh)
     if step.is_complete():
         typer.echo(f"{config.output_dir}: up to date")
         return
-    identity.check_inputs(config)
+    if main_process:
+        identity.check_inputs(config)
     module = importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}")
     module.run(config, step)
-    manifest = artifacts.read_manifest(step.directory)
+    manifest = artifacts.read_manifest(step.directory) if main_process else None
     if manifest is not None:  # a step may stop on purpose before its end
         _print_summary(Path(config.output_dir), manifest)
 
@@ -250,6 +252,8 @@ def _configure_logging(verbose: bool) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a missing kernel on every CPU start
     logging.getLogger("sgpo_cli").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("sgpo_cli").setLevel(logging.WARNING)  # the main process speaks for all
     if not verbose:
         warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that a user could change
 

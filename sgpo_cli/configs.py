@@ -139,6 +139,8 @@ class RemoteConfig(GenerateConfig):
 class TrainConfig(DataConfig):
     """A stage that trains through TRL; any field of TRL's configs is an option too."""
 
+    DRY_RUN: ClassVar[bool] = True
+
     model_name_or_path: str = option("The model to start from: a step, a model directory or a Hub name.", kind="model")
     chat_template_kwargs: dict[str, Any] = option(
         "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",
@@ -148,6 +150,9 @@ class TrainConfig(DataConfig):
         "Refuse to train when more than this share of rows is cut or dropped at max_length.",
         0.05,
         kind="guard",
+    )
+    global_batch_size: Count | None = option(
+        "Rows per optimizer step, over all processes: the same optimisation on 1, 8 or 32 GPUs.", None
     )
     trainer: dict[str, Any] = option("Options for TRL's trainer.", {})
 
@@ -259,6 +264,14 @@ class DpoConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
+class MergeConfig(StageConfig):
+    """Merge an adapter into its base model: a full model, for tools that take no adapters."""
+
+    model_name_or_path: str = option("The adapter: a step, a directory or a Hub name.", kind="model")
+    dtype: Dtype = option("Number format to save: auto (the base checkpoint's), float32, bfloat16 ...", "auto")
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig(GenerateConfig):
     """Models answer held-out prompts, as policy and as improver; a judge scores the answers."""
 
@@ -279,6 +292,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "train-improver": TrainImproverConfig,
     "gen-pairs": GenPairsConfig,
     "dpo": DpoConfig,
+    "merge": MergeConfig,
     "evaluate": EvaluateConfig,
 }
 """The subcommands; the module of a stage is `sgpo_cli.stages.<name with underscores>`."""

@@ -1,6 +1,7 @@
 """From exceptions to what a person reads and what a script gets as exit code."""
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -29,15 +30,16 @@ PATH_ERRNOS = {
 }
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM or SIGHUP: leave as after Ctrl-C, with every finished batch kept."""
 
     def __init__(self, signum: int) -> None:
+        super().__init__(signum)
         self.exit_code = 128 + signum
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated(signum)
+    raise Terminated(signum)
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def mapped(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         _exit(130)
-    except _Terminated as stop:
+    except Terminated as stop:
         print("terminated; run the same command again to continue", file=sys.stderr)
         _exit(stop.exit_code)
     except MemoryError:
@@ -74,7 +76,8 @@ def mapped(*, debug: bool) -> Iterator[None]:
 def _leave(error: SgpoError, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of several processes, the main one needs no number
+    print(f"error: {error}" if rank == "0" else f"error (process {rank}): {error}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
     _exit(error.exit_code)

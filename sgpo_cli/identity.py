@@ -1,5 +1,6 @@
 """What a step's request is made of: its options as they act, and the digests of what it reads."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -73,14 +74,30 @@ def check_inputs(config: StageConfig) -> None:
 
     Raises:
         IntegrityError: a file changed after its step had finished.
-        UsageError: a model's directory holds no model.
+        UsageError: a model's directory holds no model, or a step was made with another chat template's settings.
     """
+    _refuse_other_template(config)
     for _, source, kind in sources(config):
         step = artifacts.step_of(Path(source))
         if step is not None:
             artifacts.verify(step, under=Path(source))
         if kind == "model" and Path(source).exists():
             _refuse_other_than_model(Path(source))
+
+
+def _refuse_other_template(config: StageConfig) -> None:
+    """A model that was trained with thinking switched off must not be asked with it on, and the like."""
+    own = getattr(config, "chat_template_kwargs", None)
+    for option, source, _ in sources(config) if own is not None else ():
+        step = artifacts.step_of(Path(source)) if option != "teacher" else None
+        manifest = (artifacts.read_manifest(step) or {}) if step else {}
+        before = manifest.get("config", {}).get("chat_template_kwargs", manifest.get("chat_template_kwargs"))
+        if before is not None and before != own:
+            raise UsageError(
+                f"{option}: {source} was made with --chat-template-kwargs {json.dumps(before)}, "
+                f"this step has {json.dumps(own)}",
+                "use the same in every step",
+            )
 
 
 def _refuse_other_than_model(path: Path) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sgpo_cli.errors import UsageError
 
@@ -77,6 +84,19 @@ def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end a turn: the generation config's and the tokenizer's."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
+    return _union(configured, tokenizer)
+
+
+def end_tokens_of(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As `end_tokens`, of a model that is not loaded."""
+    try:
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # it has no generation_config.json
+        configured = getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "eos_token_id", None)
+    return _union(configured, tokenizer)
+
+
+def _union(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     tokens = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
 

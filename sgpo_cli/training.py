@@ -1,77 +1,55 @@
-"""Runs a TRL trainer as a step: arguments, checks, resume, and a model that appears only when complete.
+"""Runs a TRL trainer as a step: checks, resume, and a model that appears only when complete.
 
-TRL's options are handed to TRL as they are. What is set here is set because the installed versions are
-silently wrong or unusable otherwise; each line says why.
+TRL's options are handed to TRL as they are (`trainer_options.py`). Every process of a launch runs this; the main
+one locks and writes the step.
 """
 
-import dataclasses
-import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    ModelConfig,
-    SFTConfig,
-    SFTTrainer,
-    get_peft_config,
-    get_quantization_config,
-)
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
-from sgpo_cli import checkpoints, checks
+from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving, smoke, trainer_options
+from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.configs import TrainConfig
 from sgpo_cli.errors import IncompleteError, UsageError
-from sgpo_cli.loading import load_tokenizer, refusals, template_ids
+from sgpo_cli.loading import end_tokens_of, refusals
+from sgpo_cli.row_checks import Lengths, RowTokens
+from sgpo_cli.row_order import GlobalDPOTrainer, GlobalSFTTrainer, GroupedDPOTrainer, GroupedSFTTrainer
+from sgpo_cli.start_model import HALF, Method, StartModel
 from sgpo_cli.step import Step
+from sgpo_cli.trainer_options import Arguments
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-LOG = "training_log.json"
-TRAINERS: dict[str, tuple[type[SFTConfig | DPOConfig], type[SFTTrainer | DPOTrainer]]] = {
-    "sft": (SFTConfig, SFTTrainer),
-    "dpo": (DPOConfig, DPOTrainer),
-}
+Trainer = SFTTrainer | DPOTrainer
+CACHE = "cache"  # in the step's directory, until it is done
 
 
-def arguments(config: TrainConfig, output_dir: Path) -> tuple[SFTConfig | DPOConfig, ModelConfig]:
-    """TRL's two configs from the step's options.
+@dataclass(frozen=True)
+class Job:
+    """What is trained, from what, and how.
 
-    Raises:
-        UsageError: TRL refuses a value or a combination of values.
+    `counting` is the tokenizer as TRL will have changed it, `ends` the tokens that end a turn.
     """
-    config_class, _ = TRAINERS[config.TRAINER]
-    model_names = {field.name for field in dataclasses.fields(ModelConfig)}
-    model_options = {name: value for name, value in config.trainer.items() if name in model_names}
-    options = {name: value for name, value in config.trainer.items() if name not in model_names}
-    on_cpu = not torch.cuda.is_available()
-    defaults = {
-        "use_cpu": on_cpu,  # TRL's bf16 default is refused on a machine without a GPU unless this is set
-        "activation_checkpointing": not on_cpu,  # the old name, gradient_checkpointing, warns at every start
-        "logging_first_step": True,  # the first loss proves the reference model
-        "save_total_limit": 2,  # of checkpoints; each is three times the model
-        "disable_tqdm": True,  # `LogProgress` speaks instead
-    }
-    if "gradient_checkpointing" in options:
-        options.setdefault("activation_checkpointing", options.pop("gradient_checkpointing"))
-    fixed = {
-        "output_dir": str(output_dir),
-        "seed": config.seed,
-        "logging_nan_inf_filter": False,  # on, a NaN loss is logged as 0.0
-    }
-    with refusals("TRL"):
-        return (
-            config_class(**(defaults | options | fixed)),
-            ModelConfig(model_name_or_path=config.model_name_or_path, **model_options),
-        )
+
+    config: TrainConfig
+    args: Arguments
+    model_args: ModelConfig
+    start: StartModel
+    method: Method
+    tokenizer: PreTrainedTokenizerBase
+    counting: PreTrainedTokenizerBase
+    ends: list[int]
 
 
 def train(
@@ -93,35 +71,177 @@ def train(
         UsageError: options or data that cannot be trained on.
         IncompleteError: there are no rows.
         DivergedError: the loss is not finite, or the reference is not the start model.
+        Terminated: SIGTERM came; a checkpoint was saved.
     """
     if not rows:
         raise IncompleteError(f"{config.dataset}: no row is left to train on ({dict(rejected)})")
-    if (Path(config.model_name_or_path) / "adapter_config.json").exists():
-        raise UsageError(
-            f"{config.model_name_or_path}: an adapter cannot be trained further yet",
-            "merge it into its base model and start from the merged directory",
-        )
-    args, model_args = arguments(config, step.directory)
-    tokenizer = _tokenizer(config)
-    lengths = checks.check_lengths(
-        [_lengths(tokenizer, row, config.chat_template_kwargs) for row in rows],
-        args.max_length,
-        config.max_truncated_share,
-    )
-    with step:
-        with refusals(config.model_name_or_path):
-            trainer, reference = _build(config, args, model_args, tokenizer, rows, step)
-            trainer.get_train_dataloader()
-        checks.show_examples(tokenizer, trainer.train_dataset)
-        checkpoint = checkpoints.newest_whole(step.directory)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        outputs = _save(trainer, step)
-        summary = _summary(trainer, lengths, reference)
-        step.finish(outputs, {**_counts(lengths, rejected), "training": summary, **(facts or {})})
+    launch.use_all_gpus()
+    job = prepare(config, step.directory)
+    tokens = list(row_checks.tokenize(job.counting, rows, job.ends, config.chat_template_kwargs))
+    lengths, found = check(job, tokens)
+    with step if launch.is_main() else nullcontext():
+        launch.wait()  # until the main process holds the lock
+        try:
+            with refusals(config.model_name_or_path):
+                trainer, reference = build(job, rows, tokens, step)
+                trainer.get_train_dataloader()
+        except UsageError:
+            shutil.rmtree(step.directory / CACHE, ignore_errors=True)  # refused: nothing shall be left
+            raise
+        fit(trainer, step.directory)
+        names = save(job, trainer, step.directory)
+        found |= _summary(trainer, lengths, reference) | _look(job, trainer, rows, tokens)
+        if launch.is_main():
+            books = _counts(lengths, rejected)
+            history = model_card.lineage(config, step.request.stage, job.method.name, job.args, books["rows_out"])
+            card = model_card.text(step.directory.name, history, found)
+            write_atomically(step.directory / "README.md", card)
+            step.finish([*names, "README.md"], {**books, "training": found, "lineage": history, **(facts or {})})
+            shutil.rmtree(step.directory / CACHE, ignore_errors=True)
+            if config.trainer.get("push_to_hub"):
+                saving.push(trainer.args, step.directory, [*names, "README.md"])
+        # Together: gloo (torch 2.13) can wait for itself for ever when it is taken down right after a collective.
+        launch.wait()
         trainer.end()  # type: ignore[no-untyped-call]
 
 
-def _counts(lengths: checks.Lengths, rejected: Mapping[str, int]) -> dict[str, Any]:
+def prepare(config: TrainConfig, directory: Path) -> Job:
+    """Everything that can be known and refused before data are tokenized and weights loaded."""
+    args, model_args = trainer_options.arguments(config, directory)
+    start = StartModel.find(config.model_name_or_path, model_args.model_revision)
+    method = Method.of(model_args, start, bf16=bool(args.bf16), chosen_dtype="dtype" in config.trainer)
+    method.refuse_other_shape(start, config.trainer)
+    launch.refuse_bad_states(args, method.name)
+    tokenizer, counting = trainer_options.tokenizers(config)
+    return Job(config, args, model_args, start, method, tokenizer, counting, end_tokens_of(start.base, counting))
+
+
+def check(job: Job, tokens: Sequence[RowTokens]) -> tuple[Lengths, dict[str, Any]]:
+    """The checks of the rows; what the manifest says of them."""
+    name = job.config.model_name_or_path
+    row_checks.check_beginnings(tokens, job.counting, name)
+    ended = row_checks.check_ends(tokens, job.counting.convert_ids_to_tokens(job.ends), name)
+    lengths = row_checks.check_lengths(tokens, job.args.max_length, job.config.max_truncated_share)
+    return lengths, {"method": job.method.name, "ended_share": round(ended, 4)}
+
+
+def build(
+    job: Job, rows: Sequence[Row], tokens: Sequence[RowTokens], step: Step
+) -> tuple[Trainer, checks.CheckReference | None]:
+    """The trainer with its callbacks, and the check of the reference model if there is one."""
+    args = job.args
+    reference = checks.CheckReference(args.loss_type) if isinstance(args, DPOConfig) else None
+    models = _models(job)
+    trainer = _trainer_class(job)(
+        **models,
+        args=args,  # type: ignore[arg-type]
+        train_dataset=_dataset(job, rows, tokens, step.directory),
+        processing_class=job.tokenizer,
+        callbacks=[
+            checks.StopOnNan(),
+            checks.LogProgress(step.request.stage),
+            checkpoints.SealCheckpoints(),
+            checkpoints.SaveWhenTerminated(),
+            *([reference] if reference else []),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `LogProgress` speaks instead
+    row_checks.show_examples(job.tokenizer, trainer.train_dataset)
+    return trainer, reference
+
+
+def _trainer_class(job: Job) -> type[Trainer]:
+    """TRL's trainer, with an order of rows that is right for several processes and for a run that continues."""
+    together = job.config.global_batch_size is not None or launch.world_size() > 1
+    if job.config.TRAINER == "sft":
+        return GlobalSFTTrainer if together else GroupedSFTTrainer
+    if together:
+        return GlobalDPOTrainer
+    return GroupedDPOTrainer if job.args.train_sampling_strategy == "group_by_length" else DPOTrainer
+
+
+def _dataset(job: Job, rows: Sequence[Row], tokens: Sequence[RowTokens], directory: Path) -> Dataset:
+    kwargs = job.config.chat_template_kwargs
+    extra: Row = {"chat_template_kwargs": kwargs} if kwargs else {}
+    if not isinstance(job.args, DPOConfig):
+        return Dataset.from_list([{**row, **extra} for row in rows])
+    # TRL's preference rows have no column that `group_by_length` could measure.
+    pairs = [{**row, **extra, "length": each.total} for row, each in zip(rows, tokens, strict=True)]
+    if not job.args.precompute_ref_log_probs:
+        return Dataset.from_list(pairs)
+    pairs.sort(key=lambda pair: -pair["length"])  # equal lengths together: the reference pass pads little
+    return _on_disk(pairs, directory / CACHE)
+
+
+def _on_disk(pairs: list[Row], cache: Path) -> Dataset:
+    """The pairs as a data set in a directory, where TRL keeps the reference's log-probabilities beside them.
+
+    In memory they would be computed again by a run that continues, and several processes would crash, as each has
+    temporary files of its own.
+    """
+    if launch.is_main() and not cache.exists():
+        temporary = cache.with_name(CACHE + ".tmp")
+        Dataset.from_list(pairs).save_to_disk(temporary)
+        temporary.replace(cache)
+    launch.wait()
+    return load_from_disk(cache)
+
+
+def _models(job: Job) -> dict[str, Any]:
+    """The trainer's arguments that hold models: what is trained, and the frozen reference if it is not implied."""
+    start, method, args = job.start, job.method, job.args
+    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    kwargs = {"attn_implementation": job.model_args.attn_implementation, **given}
+    logger.info("%s: %s training, weights in %s", job.config.model_name_or_path, method.name, method.dtype)
+    if start.adapter is None:
+        args.model_init_kwargs = {
+            "dtype": str(method.dtype).removeprefix("torch."),
+            "revision": start.revision,
+            "use_safetensors": True,
+            **kwargs,
+        }
+        return {"model": start.base, "quantization_config": method.quantization, "peft_config": method.adapter}
+    args.model_init_kwargs = None
+    if method.name != "full":  # TRL keeps a frozen copy of the adapter as the reference
+        return {"model": start.load_adapted(start.load(method.dtype, method.quantization, **kwargs), trainable=True)}
+    models = {"model": start.load_merged(method.dtype, **kwargs)}
+    if isinstance(args, DPOConfig):  # TRL would load the base model without the adapter
+        models["ref_model"] = start.load_merged(method.dtype, **kwargs)
+    return models
+
+
+def fit(trainer: Trainer, directory: Path) -> None:
+    """Train from the start, or from the newest whole checkpoint."""
+    found = checkpoints.newest_whole(directory) if launch.is_main() else None
+    checkpoint = launch.agreed(found)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def save(job: Job, trainer: Trainer, directory: Path) -> list[str]:
+    """Write the model beside the rest of the step by renaming complete files; returns their names."""
+    temporary = directory / "model.tmp"
+    half = job.method.name == "full" and job.start.dtype in HALF
+    saving.write_model(trainer, temporary, job.start.dtype if half else None)
+    if not launch.is_main():
+        return []
+    if not trainer_options.changes_tokenizer(job.config):
+        saving.keep_tokenizer(job.config.model_name_or_path, temporary, job.start.revision)
+    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card, of empty sections; ours comes last
+    return saving.reveal(temporary, directory)
+
+
+def _look(job: Job, trainer: Trainer, rows: Sequence[Row], tokens: Sequence[RowTokens]) -> dict[str, Any]:
+    """The smoke generation; not of weights that no process has as a whole."""
+    if not launch.is_main() or launch.is_sharded(job.args):
+        return {}
+    longest = max(row.total - row.prompt for row in tokens)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    prompts = [row["prompt"] for row in rows[: smoke.PROMPTS]]
+    template = job.config.chat_template_kwargs
+    return {"smoke": smoke.generate(model, job.counting, prompts, longest, job.ends, template)}
+
+
+def _counts(lengths: Lengths, rejected: Mapping[str, int]) -> dict[str, Any]:
     """The manifest's books: rows in, rows out, rejected by reason."""
     dropped = Counter(rejected) + Counter(too_long=lengths.dropped)
     return {
@@ -131,9 +251,7 @@ def _counts(lengths: checks.Lengths, rejected: Mapping[str, int]) -> dict[str, A
     }
 
 
-def _summary(
-    trainer: SFTTrainer | DPOTrainer, lengths: checks.Lengths, reference: checks.CheckReference | None
-) -> dict[str, Any]:
+def _summary(trainer: Trainer, lengths: Lengths, reference: checks.CheckReference | None) -> dict[str, Any]:
     """What the manifest says of the training itself."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = [int(entry["num_tokens"]) for entry in trainer.state.log_history if "num_tokens" in entry]
@@ -144,73 +262,3 @@ def _summary(
         "tokens": max(tokens, default=0),
     }
     return summary | ({"first_loss": reference.first_loss} if reference else {})
-
-
-def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    if "chat_template_path" in config.trainer:  # TRL gives the tokenizer its template
-        return AutoTokenizer.from_pretrained(config.model_name_or_path, trust_remote_code=False)
-    return load_tokenizer(config.model_name_or_path)
-
-
-def _build(
-    config: TrainConfig,
-    args: SFTConfig | DPOConfig,
-    model_args: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    step: Step,
-) -> tuple[SFTTrainer | DPOTrainer, checks.CheckReference | None]:
-    """The trainer with its callbacks, and the check of the reference model if there is one."""
-    given = args.model_init_kwargs
-    args.model_init_kwargs = {
-        "dtype": model_args.dtype,
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "use_safetensors": True,
-        **(given if isinstance(given, dict) else {}),
-    }
-    reference = checks.CheckReference(args.loss_type) if isinstance(args, DPOConfig) else None
-    callbacks = [
-        checks.StopOnNan(),
-        checks.LogProgress(step.request.stage),
-        checkpoints.SealCheckpoints(),
-        *([reference] if reference else []),
-    ]
-    extra = {"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}
-    _, trainer_class = TRAINERS[config.TRAINER]
-    trainer = trainer_class(
-        model=config.model_name_or_path,
-        args=args,  # type: ignore[arg-type]  # the pair in TRAINERS fits
-        train_dataset=Dataset.from_list([{**row, **extra} for row in rows]),
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `LogProgress` speaks instead
-    return trainer, reference
-
-
-def _lengths(tokenizer: PreTrainedTokenizerBase, row: Row, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """(tokens of the prompt, tokens of the longest prompt + answer)."""
-    answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
-    prompt = template_ids(tokenizer, row["prompt"], prompt=True, **kwargs)
-    totals = [len(template_ids(tokenizer, row["prompt"] + answer, prompt=False, **kwargs)) for answer in answers]
-    return len(prompt), max(totals)
-
-
-def _save(trainer: SFTTrainer | DPOTrainer, step: Step) -> list[str]:
-    """Write the model beside the rest of the step by renaming complete files; returns their names."""
-    temporary = step.directory / "model.tmp"
-    # Trainers turn the cache off, and generation from a model saved that way crawls.
-    trainer.model.config.use_cache = True  # type: ignore[union-attr]
-    trainer.save_model(str(temporary))
-    (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place in a published model
-    shutil.rmtree(temporary / "ref", ignore_errors=True)  # TRL's frozen copy of an adapter
-    (temporary / LOG).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-    (step.directory / "README.md").unlink(missing_ok=True)  # TRL's card names no base model for a local one
-    names = sorted(path.name for path in temporary.iterdir())
-    for name in names:
-        (temporary / name).replace(step.directory / name)
-    temporary.rmdir()
-    return names

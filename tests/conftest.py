@@ -1,5 +1,6 @@
 """Shared pieces: a run directory with echo steps (no model), and the command line as a real process."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sgpo_cli import artifacts, identity, recipe
+from sgpo_cli.step import Step
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +92,41 @@ def echo_recipe(world: Path) -> Path:
     path = world / "echo.yaml"
     path.write_text(ECHO_RECIPE)
     return path
+
+
+# Stages with a tiny model of a standard architecture, in this process.
+
+WORDS = "the small harbour keeps every lost umbrella and lantern safe until somebody asks for it".split()
+
+
+def sentence(number: int) -> str:
+    return " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(3 + number % 9))
+
+
+def chat(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": sentence(number)}]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sgpo_cli.demo.model import build_base
+
+    directory = tmp_path_factory.mktemp("models") / "base"
+    build_base(directory, [sentence(number) for number in range(50)], seed=1)
+    return directory
+
+
+def run_stage(stage: str, output: Path, **options: Any) -> dict[str, Any]:
+    """One stage in this process; returns its manifest."""
+    config = recipe.build_config(stage, {"output_dir": str(output), **options}, "test")
+    step = Step(output, identity.request_of(stage, config))
+    identity.check_inputs(config)
+    importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").run(config, step)
+    return artifacts.read_manifest(output) or {}
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+SMALL = {"per_device_train_batch_size": 4, "max_length": 128, "num_train_epochs": 1, "bf16": False}

@@ -7,32 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_lines, write_lines
+from conftest import SMALL, chat, read_lines, run_stage, sentence, weights, write_lines
 
-from sgpo_cli import artifacts, identity, recipe
 from sgpo_cli.errors import DivergedError, IncompleteError, SgpoError, UsageError
-from sgpo_cli.step import Step
 
 pytestmark = pytest.mark.model
-
-WORDS = "the small harbour keeps every lost umbrella and lantern safe until somebody asks for it".split()
-
-
-def sentence(number: int) -> str:
-    return " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(3 + number % 9))
-
-
-def chat(number: int) -> list[dict[str, str]]:
-    return [{"role": "user", "content": sentence(number)}]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sgpo_cli.demo.model import build_base
-
-    directory = tmp_path_factory.mktemp("models") / "base"
-    build_base(directory, [sentence(number) for number in range(50)], seed=1)
-    return directory
 
 
 @pytest.fixture
@@ -56,24 +35,6 @@ def answers(tmp_path: Path) -> Path:
     rows = [{"prompt": sentence(n), "completion": sentence(n + 1), "text": "not for TRL"} for n in range(24)]
     write_lines(tmp_path / "answers.jsonl", rows)
     return tmp_path / "answers.jsonl"
-
-
-def run_stage(stage: str, output: Path, **options: Any) -> dict[str, Any]:
-    """One stage in this process; returns its manifest."""
-    import importlib
-
-    config = recipe.build_config(stage, {"output_dir": str(output), **options}, "test")
-    step = Step(output, identity.request_of(stage, config))
-    identity.check_inputs(config)
-    importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").run(config, step)
-    return artifacts.read_manifest(output) or {}
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model.safetensors").read_bytes()
-
-
-SMALL = {"per_device_train_batch_size": 4, "max_length": 128, "num_train_epochs": 1, "bf16": False}
 
 
 class TestEngine:
@@ -233,6 +194,23 @@ class TestTraining:
         assert facts["rejected"] == {"identical": 1}
         assert (facts["rows_in"], facts["rows_out"]) == (24, 23)
 
+    @pytest.mark.parametrize("left", ["checkpoint-4", "checkpoint-6", "checkpoint-8"])
+    def test_rows_grouped_by_length_are_seen_once_each_also_when_training_continues(
+        self, base: Path, answers: Path, tmp_path: Path, left: str
+    ) -> None:
+        options = SMALL | {"save_steps": 2, "save_total_limit": 9, "num_train_epochs": 2}
+        options |= {"train_sampling_strategy": "group_by_length"}
+        options |= {"model_name_or_path": str(base), "dataset": str(answers)}
+        run_stage("sft", tmp_path / "whole", **options)
+        shutil.copytree(tmp_path / "whole", tmp_path / "again")
+        for done in ("manifest.json", "model.safetensors"):
+            (tmp_path / "again" / done).unlink()
+        for checkpoint in (tmp_path / "again").glob("checkpoint-*"):
+            if int(checkpoint.name[11:]) > int(left[11:]):
+                shutil.rmtree(checkpoint)
+        run_stage("sft", tmp_path / "again", **options)
+        assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
     def test_training_continues_from_the_newest_whole_checkpoint_to_the_same_weights(
         self, base: Path, answers: Path, tmp_path: Path
     ) -> None:
@@ -274,8 +252,6 @@ class TestTraining:
         assert adapted != plain
         row = ([chat(1)], [sentence(2)])
         assert Scorer(str(adapter)).score(*row)[0].log_ppl < Scorer(str(base)).score(*row)[0].log_ppl
-        with pytest.raises(UsageError, match="an adapter cannot be trained further yet"):
-            run_stage("sft", tmp_path / "more", model_name_or_path=str(adapter), dataset=str(answers), **options)
 
     def test_the_saved_model_is_ready_for_others(self, base: Path, answers: Path, tmp_path: Path) -> None:
         options = SMALL | {"max_steps": 1}
@@ -307,6 +283,107 @@ class TestTraining:
             run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **(SMALL | options))
         assert refused.value.exit_code == 2
         assert not (tmp_path / "m1").exists()
+
+
+class TestSelfChecks:
+    """What would only be noticed after hours."""
+
+    def _copy(self, base: Path, directory: Path, template: str | None = None, **tokenizer: Any) -> Path:
+        shutil.copytree(base, directory)
+        if template is not None:
+            (directory / "chat_template.jinja").write_text(template)
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        (directory / "tokenizer_config.json").write_text(json.dumps(config | tokenizer))
+        return directory
+
+    def test_a_template_that_does_not_end_the_turn_is_refused(self, base: Path, answers: Path, tmp_path: Path) -> None:
+        template = (base / "chat_template.jinja").read_text().replace("<|im_end|>", "")
+        model = self._copy(base, tmp_path / "endless", template)
+        with pytest.raises(UsageError, match=r"only 0% of the answers end .*<\|im_end\|>"):
+            run_stage("sft", tmp_path / "m0", model_name_or_path=str(model), dataset=str(answers), **SMALL)
+        assert not (tmp_path / "m0").exists()
+
+    @pytest.mark.parametrize("times", [2])
+    def test_two_starts_of_a_text_are_refused(self, base: Path, answers: Path, tmp_path: Path, times: int) -> None:
+        template = "<|im_start|>" * (times - 1) + (base / "chat_template.jinja").read_text()
+        model = self._copy(base, tmp_path / "double", template, bos_token="<|im_start|>")
+        with pytest.raises(UsageError, match=r"times the token <\|im_start\|> that starts a text"):
+            run_stage("sft", tmp_path / "m0", model_name_or_path=str(model), dataset=str(answers), **SMALL)
+
+    def test_the_manifest_has_a_look_at_the_result(self, base: Path, answers: Path, tmp_path: Path) -> None:
+        options = SMALL | {"num_train_epochs": 40, "learning_rate": 3e-3}
+        facts = run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options)
+        look = facts["training"]["smoke"]
+        assert (look["prompts"], look["stopped"], look["repetitive"]) == (8, 8, 0)
+        assert facts["training"]["ended_share"] == 1.0
+
+    def test_what_is_repetitive(self) -> None:
+        from sgpo_cli.smoke import is_repetitive
+
+        assert is_repetitive([1, 2, 3] * 10)
+        assert not is_repetitive(range(30))
+        assert not is_repetitive([7, 7, 7])
+
+    def test_template_settings_must_be_the_same_in_every_step(
+        self, base: Path, answers: Path, pairs: Path, tmp_path: Path
+    ) -> None:
+        thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+        m0 = str(tmp_path / "m0")
+        options = SMALL | {"max_steps": 1}
+        run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options, **thinking)
+        with pytest.raises(UsageError, match=r'm0 was made with .*\{"enable_thinking": false\}, this step has \{\}'):
+            run_stage("dpo", tmp_path / "m1", model_name_or_path=m0, dataset=str(pairs), **options)
+        run_stage("dpo", tmp_path / "m1", model_name_or_path=m0, dataset=str(pairs), **options, **thinking)
+
+
+class TestReferenceCache:
+    def test_a_run_that_continues_does_not_compute_the_reference_again(
+        self, base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from trl import DPOTrainer
+
+        calls: list[int] = []
+        compute = DPOTrainer.compute_ref_log_probs
+
+        def counted(self: Any, model: Any, inputs: Any) -> Any:
+            calls.append(1)
+            return compute(self, model, inputs)
+
+        monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", counted)
+        options = SMALL | {"model_name_or_path": str(base), "dataset": str(pairs), "num_train_epochs": 2}
+        options |= {"save_steps": 4, "logging_steps": 1, "learning_rate": 1e-3}
+        whole = run_stage("dpo", tmp_path / "whole", **options)
+        assert len(calls) == 2  # 24 pairs, four times four at once
+        assert not (tmp_path / "whole" / "cache").exists()
+        assert whole["training"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+        from sgpo_cli import training
+
+        def stop(trainer: Any, directory: Path) -> None:
+            fit(trainer, directory)
+            raise DivergedError("stopped after the last checkpoint")
+
+        fit = training.fit
+        monkeypatch.setattr(training, "fit", stop)
+        with pytest.raises(DivergedError):
+            run_stage("dpo", tmp_path / "again", **options)
+        shutil.rmtree(tmp_path / "again" / "checkpoint-12")
+        monkeypatch.setattr(training, "fit", fit)
+        calls.clear()
+        run_stage("dpo", tmp_path / "again", **options)
+        assert not calls
+        assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+    def test_precomputed_and_computed_references_train_the_same(self, base: Path, pairs: Path, tmp_path: Path) -> None:
+        from safetensors.torch import load_file
+
+        options = SMALL | {"model_name_or_path": str(base), "dataset": str(pairs), "max_steps": 3}
+        options |= {"train_sampling_strategy": "sequential", "learning_rate": 1e-4}
+        write_lines(pairs, sorted(read_lines(pairs), key=lambda row: -len(row["prompt"][0]["content"])))
+        for name, once in (("once", True), ("each", False)):
+            run_stage("dpo", tmp_path / name, **options, precompute_ref_log_probs=once, max_rows=4)
+        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "each"))
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
 
 
 class TestTeachers:

@@ -1,24 +1,41 @@
 """dpo: the model learns to prefer its improvements; the reference is the frozen start model. The result is M1."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sgpo_cli.artifacts import read_manifest
+from sgpo_cli.batches import Row
 from sgpo_cli.configs import DpoConfig
 from sgpo_cli.dataset import count_set_aside, read_dataset
 from sgpo_cli.step import Step
 
 
 def run(config: DpoConfig, step: Step) -> None:
-    rows = read_dataset(config, ("prompt", "chosen", "rejected"), config.model_name_or_path)
+    rows, rejected, facts = examples(config)
     from sgpo_cli import training  # imports TRL; bad rows are refused before
 
+    training.train(config, step, rows, rejected, facts)
+
+
+def dry_run(config: DpoConfig) -> Iterator[str]:
+    """What the step would do and need."""
+    rows, rejected, _ = examples(config)
+    from sgpo_cli import training_plan  # imports TRL
+
+    return training_plan.plan(config, rows, rejected)
+
+
+def examples(config: DpoConfig) -> tuple[list[Row], Counter[str], dict[str, Any]]:
+    """What TRL is given, what was rejected, and facts for the manifest."""
+    rows = read_dataset(config, ("prompt", "chosen", "rejected"), config.model_name_or_path)
     pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
     start = read_manifest(Path(config.model_name_or_path)) or {}
     facts = {"improver_prompt": start["improver_prompt"]} if "improver_prompt" in start else {}
     different = [pair for pair in pairs if _text(pair["chosen"]) != _text(pair["rejected"])]
     rejected = count_set_aside(rows) + Counter(identical=len(pairs) - len(different))
-    training.train(config, step, different, rejected, facts)
+    return different, rejected, facts
 
 
 def _text(messages: list[dict[str, str]]) -> str:

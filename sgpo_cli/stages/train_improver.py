@@ -1,6 +1,9 @@
 """train-improver: the policy learns to improve its own answers, and goes on answering. The result is M*."""
 
 import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 from sgpo_cli import prompts
 from sgpo_cli.batches import Row, derive_seed
@@ -10,16 +13,30 @@ from sgpo_cli.step import Step
 
 
 def run(config: TrainImproverConfig, step: Step) -> None:
+    rows, rejected, facts = examples(config)
+    from sgpo_cli import training  # imports TRL; bad rows are refused before
+
+    training.train(config, step, rows, rejected, facts)
+
+
+def dry_run(config: TrainImproverConfig) -> Iterator[str]:
+    """What the step would do and need."""
+    rows, rejected, _ = examples(config)
+    from sgpo_cli import training_plan  # imports TRL
+
+    return training_plan.plan(config, rows, rejected)
+
+
+def examples(config: TrainImproverConfig) -> tuple[list[Row], Counter[str], dict[str, Any]]:
+    """What TRL is given, what was rejected, and facts for the manifest."""
     needs = ("prompt", "response", "target", *(["reference"] if config.replay_ratio else []))
     dataset = read_dataset(config, needs, config.model_name_or_path)
     rows = list(dataset)
-    from sgpo_cli import training  # imports TRL; bad rows are refused before
-
     request = prompts.load(config.improver_prompt)
     improver = [_example(prompts.improve(row["prompt"], row["response"], request), row["target"]) for row in rows]
     replay = [_example(row["prompt"], row["reference"]) for row in replayed(rows, config)]
     facts = {"improver_prompt": request, "improver_rows": len(improver), "replay_rows": len(replay)}
-    training.train(config, step, improver + replay, count_set_aside(dataset), facts)
+    return improver + replay, count_set_aside(dataset), facts
 
 
 def replayed(rows: list[Row], config: TrainImproverConfig) -> list[Row]:
