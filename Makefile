@@ -26,8 +26,10 @@ help: ## this list
 full-pipeline: $(STAMP) ## the whole pipeline on the demo world, or on RECIPE=file; steps that are done are skipped
 	@exec $(BIN)/sgpo run "$(RECIPE)"
 
+# Many tests wait for processes, so two at a time are quicker also on few cores. A thread each, and whole files:
+# what a file shares is made once.
 test: $(STAMP) ## all tests but the slow ones
-	@exec $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: $(STAMP) ## all tests
 	@exec $(BIN)/python -m pytest $(ARGS)

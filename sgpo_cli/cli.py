@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from sgpo_cli import __version__, exits, look
-from sgpo_cli.configs import STAGES, StageConfig, own_options
+from sgpo_cli.configs import STAGES, FilterPplConfig, GenerateConfig, StageConfig, own_options
 from sgpo_cli.flags import (
     DebugFlag,
     DryRunFlag,
@@ -178,20 +179,30 @@ def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
 
     from sgpo_cli import artifacts, identity
     from sgpo_cli.errors import UsageError
+    from sgpo_cli.ranks import Rank, SharedWorkDone, this_rank
     from sgpo_cli.step import Step
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not config.TRAINER:
-        raise UsageError(f"several processes for one {stage} are not supported yet", "launch it with one process")
-    main_process = os.environ.get("RANK", "0") == "0"
+    rank = this_rank()
+    shared = isinstance(config, GenerateConfig | FilterPplConfig)
+    if not rank.is_main and not shared and not config.TRAINER:
+        return
+    if rank.count > 1 and fresh and shared:
+        raise UsageError(
+            "--fresh: which of several processes should move the old output aside?", "move or remove it beforehand"
+        )
+    main_process = rank.is_main
     identity.refuse_nesting(config)
-    step = Step(config.output_dir, identity.request_of(stage, config), fresh=fresh)
+    # A trainer's processes agree among themselves, and one of them keeps the step.
+    share = rank if shared else Rank()
+    step = Step(config.output_dir, identity.request_of(stage, config), fresh=fresh, rank=share)
     if step.is_complete():
         typer.echo(f"{config.output_dir}: up to date")
         return
     if main_process:
         identity.check_inputs(config)
     module = importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}")
-    module.run(config, step)
+    with suppress(SharedWorkDone):
+        module.run(config, step)
     manifest = artifacts.read_manifest(step.directory) if main_process else None
     if manifest is not None:  # a step may stop on purpose before its end
         _print_summary(Path(config.output_dir), manifest)

@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, overload
 
-from sgpo_cli.batches import Row, derive_seed
+from sgpo_cli.batches import Batches, Row, derive_seed
 from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, token_counts
 from sgpo_cli.engines.base import AsksServer, Message
-from sgpo_cli.journal import Journal
-from sgpo_cli.progress import RowProgress, stopwatch
+from sgpo_cli.progress import stopwatch
+from sgpo_cli.ranks import SharedWorkDone
 from sgpo_cli.remote.paid import Paid
 from sgpo_cli.step import Step
 
@@ -47,7 +47,7 @@ def seeds_for(rows: Sequence[Row], seed: int, *parts: object) -> Sequence[int]:
 
 
 class Passes:
-    """The passes of a step; `stats` adds up what they took and cost.
+    """The passes of a step.
 
     Args:
         size: rows of a batch for local engines.
@@ -57,7 +57,17 @@ class Passes:
         self._step, self._size = step, size
         self._open = ExitStack()
         self._paid: Paid | None = None
-        self.stats: dict[str, Any] = {}
+        self._local: list[Texts] = []
+        self._asked: dict[str, Any] = {}
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the passes took and cost, all ranks together; for the main one."""
+        added: dict[str, Any] = {}
+        for texts in self._local:
+            for name, value in texts.stats().items():
+                added[name] = round(added.get(name, 0) + value, 3)
+        return added | self._asked
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +87,10 @@ class Passes:
     ) -> Sequence[Generation]:
         """A text per conversation, read from disk when it is asked for."""
         if isinstance(engine, AsksServer):
+            if not self._step.rank.is_main:
+                raise SharedWorkDone  # many requests at a time need one process only
             asked = engine.ask_all(self.paid(), conversations, sampling, seeds, self._label(name))
-            self.stats[name] = asked.facts
+            self._asked[name] = asked.facts
             return asked.texts
         return self._in_batches(name, engine, conversations, sampling, seeds)
 
@@ -100,34 +112,29 @@ class Passes:
         seeds: Sequence[int],
     ) -> Sequence[Generation]:
         total, size = len(conversations), self._size
-        journal = self._step.journal(name=name)
-        self._open.callback(journal.close)
-        numbers = range(-(-total // size))
-        done = sum(min(size, total - number * size) for number in numbers if number in journal)
-        if done < total and isinstance(engine, LazyEngine):
-            engine.load()  # not on the clock of generation
-        with RowProgress(self._label(name), total, done) as progress:
-            for number in numbers:
-                if number in journal:
-                    continue
-                rows = slice(number * size, (number + 1) * size)
-                seconds: dict[str, float] = {}
-                with stopwatch(seconds, "generation_seconds"):
-                    made = engine.generate(conversations[rows], sampling, seeds[rows])
-                stats = seconds | token_counts(made)
-                journal.append(number, {"texts": [_packed(text) for text in made], "stats": stats})
-                progress.advance(len(made), int(stats["completion_tokens"]))
-        for record in journal:
-            for key, value in record["stats"].items():
-                self.stats[key] = round(self.stats.get(key, 0) + value, 3)
-        return Texts(journal, total, size)
+
+        def do(number: int) -> dict[str, Any]:
+            rows = slice(number * size, (number + 1) * size)
+            if isinstance(engine, LazyEngine):
+                engine.load()  # not on the clock of generation
+            seconds: dict[str, float] = {}
+            with stopwatch(seconds, "generation_seconds"):
+                made = engine.generate(conversations[rows], sampling, seeds[rows])
+            return {"texts": [_packed(text) for text in made], "stats": seconds | token_counts(made)}
+
+        batches = Batches(self._step, name, total, size, do)
+        self._open.callback(batches.close)
+        batches.work(self._label(name))
+        texts = Texts(batches, total, size)
+        self._local.append(texts)
+        return texts
 
 
 class Texts(Sequence[Generation]):
-    """The texts of a journal, a batch of them in memory."""
+    """The texts of a pass, a batch of them in memory; another rank's are waited for when they are asked for."""
 
-    def __init__(self, journal: Journal, length: int, size: int) -> None:
-        self._journal, self._length, self._size = journal, length, size
+    def __init__(self, batches: Batches, length: int, size: int) -> None:
+        self._batches, self._length, self._size = batches, length, size
         self._number, self._batch = -1, list[Generation]()
 
     def __len__(self) -> int:
@@ -141,10 +148,18 @@ class Texts(Sequence[Generation]):
         wanted = range(self._length)[place]
         return self._text(wanted) if isinstance(wanted, int) else [self._text(each) for each in wanted]
 
+    def stats(self) -> dict[str, float]:
+        """Seconds and tokens, added up over the batches."""
+        added: dict[str, float] = {}
+        for number in range(-(-self._length // self._size)):
+            for name, value in self._batches.record(number)["stats"].items():
+                added[name] = added.get(name, 0) + value
+        return added
+
     def _text(self, place: int) -> Generation:
         number, offset = divmod(place, self._size)
         if number != self._number:
-            self._batch = [Generation(*packed) for packed in self._journal.read(number)["texts"]]
+            self._batch = [Generation(*packed) for packed in self._batches.record(number)["texts"]]
             self._number = number
         return self._batch[offset]
 

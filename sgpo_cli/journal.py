@@ -32,18 +32,22 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return record
 
 
-def read_records(path: Path, *, mend: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a file with the bytes they start at.
+def read_records(path: Path, *, mend: bool, start: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The records of a file, each with the bytes where it begins and ends.
 
     Args:
         mend: cut a torn last record off; otherwise it is only passed over, another process may be writing.
+        start: where a record begins.
 
     Raises:
         IntegrityError: a record before the last one is damaged.
     """
-    offset = 0
+    offset = start
     with path.open("rb+" if mend else "rb") as file:
+        file.seek(start)
         for line in file:
+            if not mend and not line.endswith(b"\n"):
+                break
             record = decode(line)
             if record is None:
                 if file.read(1):
@@ -54,7 +58,7 @@ def read_records(path: Path, *, mend: bool) -> Iterator[tuple[int, dict[str, Any
                 if mend:
                     file.truncate(offset)
                 break
-            yield offset, record
+            yield offset, offset + len(line), record
             offset += len(line)
 
 
@@ -102,11 +106,21 @@ class Journal:
     def __init__(self, directory: Path, rank: int = 0, name: str = "rank") -> None:
         directory.mkdir(exist_ok=True)
         path = directory / f"{name}-{rank:04d}.jsonl"
+        self._pattern, self._directory = f"{name}-*.jsonl", directory
         self._places: dict[int, Place] = {}
-        for each in sorted(directory.glob(f"{name}-*.jsonl")):
-            for offset, record in read_records(each, mend=each == path):
-                self._places.setdefault(int(record["batch"]), (each, offset))
+        self._read_to: dict[Path, int] = {}
+        path.touch()
+        for _ in read_records(path, mend=True):
+            pass
+        self.refresh()
         self._log = Log(path)
+
+    def refresh(self) -> None:
+        """Take note of what other ranks have written meanwhile."""
+        for path in sorted(self._directory.glob(self._pattern)):
+            for begin, end, record in read_records(path, mend=False, start=self._read_to.get(path, 0)):
+                self._places.setdefault(int(record["batch"]), (path, begin))
+                self._read_to[path] = end
 
     def __contains__(self, batch: int) -> bool:
         return batch in self._places

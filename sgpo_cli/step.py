@@ -32,9 +32,11 @@ from sgpo_cli.artifacts import (
 )
 from sgpo_cli.errors import IncompleteError, IntegrityError, LockedError, StaleError, UsageError
 from sgpo_cli.journal import Journal
+from sgpo_cli.ranks import Rank, SharedWorkDone
 
 logger = logging.getLogger(__name__)
 LOGS = ("parts", "paid")  # directories of logs
+JOIN_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,17 @@ class Step:
 
     Args:
         fresh: move an earlier output aside, whatever it is.
+        rank: of several processes that work on the step, the main one writes all but the others' logs.
     """
 
-    def __init__(self, directory: str | Path, request: Request, *, fresh: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, request: Request, *, fresh: bool = False, rank: Rank | None = None
+    ) -> None:
         self.directory = Path(directory)
         self.request = request
         self._fresh = fresh
-        self._lock = FileLock(self.directory / ".lock", timeout=0)
+        self.rank = rank or Rank()
+        self._lock = FileLock(self._lock_of(self.rank), timeout=0)
         self._started = time.monotonic()
         self._is_new = True
 
@@ -111,6 +117,36 @@ class Step:
         verify(self.directory, quick=True)
         return True
 
+    def _lock_of(self, rank: Rank) -> Path:
+        return self.directory / (".lock" if rank.is_main else f".lock-{rank.number:04d}")
+
+    def works(self, rank: Rank) -> bool:
+        """Whether the process with this rank is at work on the step."""
+        path = self._lock_of(rank)
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _join(self) -> Self:
+        """As a helping rank: begin when the main one has."""
+        end = time.monotonic() + JOIN_SECONDS
+        while not (self.directory / REQUEST).exists():
+            if time.monotonic() > end:
+                raise UsageError(
+                    f"{self.directory}: rank 0 has not begun within {JOIN_SECONDS:g} s",
+                    "start all ranks with the same options, on a directory that all of them see",
+                )
+            time.sleep(0.2)
+        if self.is_complete():
+            raise SharedWorkDone
+        self._is_new = False
+        self._locked()
+        return self
+
     def _move_aside(self) -> None:
         """Rename an earlier output to `<name>.old-<n>`; nothing is ever deleted."""
         aside = next(
@@ -131,6 +167,8 @@ class Step:
         return self._lock
 
     def __enter__(self) -> Self:
+        if not self.rank.is_main:
+            return self._join()
         ours = any((self.directory / name).exists() for name in (REQUEST, MANIFEST))
         if not ours and self.directory.exists() and (others := self._files_besides_our_first()):
             raise UsageError(
@@ -172,14 +210,21 @@ class Step:
             path.name
             for path in self.directory.iterdir()
             if path.name not in first
+            and not path.name.startswith(".lock-")
             and not (path.name in LOGS and not any(file.stat().st_size for file in path.iterdir()))
         )
 
-    def journal(self, rank: int = 0, name: str = "rank") -> Journal:
-        return Journal(self.directory / "parts", rank, name)
+    def journal(self, name: str = "rank") -> Journal:
+        return Journal(self.directory / "parts", self.rank.number, name)
 
     def write_rows(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
-        """Write `train.jsonl` and `rejects.jsonl` in the given order; returns the manifest's counts."""
+        """Write `train.jsonl` and `rejects.jsonl` in the given order; returns the manifest's counts.
+
+        Raises:
+            SharedWorkDone: this is a helping rank, whose work ends here.
+        """
+        if not self.rank.is_main:
+            raise SharedWorkDone
         counts: Counter[str] = Counter()
         rows_out = 0
         paths = [self.directory / name for name in DATA_FILES]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from sgpo_cli import artifacts, identity, recipe
 from sgpo_cli.step import Step
@@ -68,12 +70,22 @@ def run(directory: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo recipe with small sizes, run to its end; `runs/demo` lies in the directory."""
-    directory = tmp_path_factory.mktemp("demo")
-    text = (ROOT / "tests" / "small.yaml").read_text()
-    (directory / "demo.yaml").write_text(text)
-    result = run(directory, "run", "demo.yaml")
-    assert result.returncode == 0, result.stderr
+    """The demo recipe with small sizes, run to its end; `runs/demo` lies in the directory.
+
+    Made once, and copied for each process that runs tests: some of them break things.
+    """
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo-made"
+    with FileLock(made.with_suffix(".lock")):
+        if not (made / "complete").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            (made / "demo.yaml").write_text((ROOT / "tests" / "small.yaml").read_text())
+            result = run(made, "run", "demo.yaml")
+            assert result.returncode == 0, result.stderr
+            (made / "complete").touch()
+    directory = base / "demo"
+    shutil.copytree(made, directory)
     return directory
 
 

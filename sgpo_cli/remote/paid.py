@@ -47,7 +47,7 @@ class Paid:
         self._own.parent.mkdir(exist_ok=True)
         self._own.touch()
         for path in sorted(self._logs()):
-            for offset, record in read_records(path, mend=path == self._own):
+            for offset, _, record in read_records(path, mend=path == self._own):
                 self._count(record)
                 if record["key"] is not None:
                     self._note(number_of(record["key"]), offset, len(self._files))
