@@ -1,13 +1,20 @@
 """Loads tokenizers and models for inference, the same way for every part that needs one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sgpo_cli.errors import UsageError
 
@@ -74,10 +81,18 @@ def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
     return loaded.eval()  # type: ignore[no-any-return]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def generation_config(model: str) -> GenerationConfig:
+    """The generation config that a model is loaded with, without loading it: its file's, or its config's."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # it has none
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+
+
+def end_tokens(configured: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end a turn: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    tokens = configured if isinstance(configured, list) else [configured]
+    ends = configured.eos_token_id if configured else None
+    tokens = ends if isinstance(ends, list) else [ends]
     return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
 
 
@@ -92,3 +107,11 @@ def template_ids(
     return tokenizer.apply_chat_template(  # type: ignore[return-value]  # the type depends on the arguments
         messages, tokenize=True, add_generation_prompt=prompt, return_dict=False, **kwargs
     )
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]], **kwargs: Any
+) -> list[list[int]]:
+    """Token ids of many conversations, each with the header that asks for the assistant's turn."""
+    texts = tokenizer.apply_chat_template(list(conversations), tokenize=False, add_generation_prompt=True, **kwargs)
+    return tokenizer(texts, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
