@@ -140,6 +140,17 @@ class TestOffline:
             assert manifest["completion_tokens"] > 0
             assert manifest["versions"]["vllm"]
 
+    def test_one_step_of_a_recipe_runs_in_the_other_environment(self, demo: Path, vllm_python: str) -> None:
+        step = {"stage": "gen-pairs", "policy": "./improver", "dataset": "./world/prompts", "max_new_tokens": 80}
+        step |= {"engine": "vllm", "engine_options": CPU_OPTIONS, "launch": vllm_python}
+        recipe = demo / "two-environments.yaml"
+        recipe.write_text((demo / "demo.yaml").read_text() + f"  elsewhere: {json.dumps(step)}\n")
+        result = run(demo, "run", recipe.name, PYTHONPATH=str(ROOT))
+        assert result.returncode == 0, result.stderr
+        manifest = json.loads((demo / "runs/demo/elsewhere/manifest.json").read_text())
+        assert manifest["versions"]["vllm"]
+        assert manifest["rows_in"] == 48
+
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
     def test_no_process_is_left_when_it_is_stopped(
         self, demo: Path, prompts: Path, vllm_python: str, tmp_path: Path, end: signal.Signals
