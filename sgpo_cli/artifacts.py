@@ -158,7 +158,7 @@ def versions() -> dict[str, str]:
     import platform
     from importlib import metadata
 
-    names = ("sgpo", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "openai")
+    names = ("sgpo", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "openai", "vllm")
     found = {"python": platform.python_version()}
     for name in names:
         try:

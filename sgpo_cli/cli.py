@@ -51,9 +51,12 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the console script."""
     guard_streams()
-    # Set before any import of theirs: no pings to the Hub, no notices about experimental modules.
+    # Set before any import of theirs: no pings to anyone, no floods of notices.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries are noise in a log file
     app()

@@ -79,8 +79,12 @@ class GenerateConfig(DataConfig):
     VERSION: ClassVar[int] = 2  # 2: a seed per row instead of one per batch
 
     engine: str = option(
-        "What generates: transformers, openai (servers, see --base-url), or echo (no model; for tests).",
+        "What generates: transformers, vllm (in an environment of its own), openai (servers, see --base-url), or "
+        "echo (no model; for tests).",
         "transformers",
+    )
+    engine_options: dict[str, Any] = option(
+        "For vllm: arguments of its engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.8}.", {}
     )
     batch_size: Count = option("Rows per batch; a batch is the unit of work that a stop can cost.", 64)
     max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)

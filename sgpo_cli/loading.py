@@ -1,7 +1,7 @@
 """Loads tokenizers and models for inference, the same way for every part that needs one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,23 +81,18 @@ def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
     return loaded.eval()  # type: ignore[no-any-return]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a turn: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    return _union(configured, tokenizer)
-
-
-def end_tokens_of(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """As `end_tokens`, of a model that is not loaded."""
+def generation_config(model: str) -> GenerationConfig:
+    """The generation config that a model is loaded with, without loading it: its file's, or its config's."""
     try:
-        configured = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # it has no generation_config.json
-        configured = getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "eos_token_id", None)
-    return _union(configured, tokenizer)
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # it has none
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
 
 
-def _union(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    tokens = configured if isinstance(configured, list) else [configured]
+def end_tokens(configured: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a turn: the generation config's and the tokenizer's."""
+    ends = configured.eos_token_id if configured else None
+    tokens = ends if isinstance(ends, list) else [ends]
     return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
 
 
@@ -112,3 +107,11 @@ def template_ids(
     return tokenizer.apply_chat_template(  # type: ignore[return-value]  # the type depends on the arguments
         messages, tokenize=True, add_generation_prompt=prompt, return_dict=False, **kwargs
     )
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]], **kwargs: Any
+) -> list[list[int]]:
+    """Token ids of many conversations, each with the header that asks for the assistant's turn."""
+    texts = tokenizer.apply_chat_template(list(conversations), tokenize=False, add_generation_prompt=True, **kwargs)
+    return tokenizer(texts, add_special_tokens=False).input_ids  # type: ignore[no-any-return]

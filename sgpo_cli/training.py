@@ -21,7 +21,7 @@ from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving
 from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.configs import TrainConfig
 from sgpo_cli.errors import IncompleteError, UsageError
-from sgpo_cli.loading import end_tokens_of, refusals
+from sgpo_cli.loading import end_tokens, generation_config, refusals
 from sgpo_cli.row_checks import Lengths, RowTokens
 from sgpo_cli.row_order import GlobalDPOTrainer, GlobalSFTTrainer, GroupedDPOTrainer, GroupedSFTTrainer
 from sgpo_cli.start_model import HALF, Method, StartModel
@@ -113,7 +113,16 @@ def prepare(config: TrainConfig, directory: Path) -> Job:
     method.refuse_other_shape(start, config.trainer)
     launch.refuse_bad_states(args, method.name)
     tokenizer, counting = trainer_options.tokenizers(config)
-    return Job(config, args, model_args, start, method, tokenizer, counting, end_tokens_of(start.base, counting))
+    return Job(
+        config,
+        args,
+        model_args,
+        start,
+        method,
+        tokenizer,
+        counting,
+        end_tokens(generation_config(start.base), counting),
+    )
 
 
 def check(job: Job, tokens: Sequence[RowTokens]) -> tuple[Lengths, dict[str, Any]]:

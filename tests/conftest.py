@@ -4,11 +4,17 @@ import importlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from filelock import FileLock
@@ -58,10 +64,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(directory: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(
+    directory: Path, *arguments: object, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sgpo_cli", *map(str, arguments)],
+        [python, "-m", "sgpo_cli", *map(str, arguments)],
         cwd=directory,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=280,
@@ -142,3 +151,90 @@ def weights(directory: Path) -> bytes:
 
 
 SMALL = {"per_device_train_batch_size": 4, "max_length": 128, "num_train_epochs": 1, "bf16": False}
+
+
+@pytest.fixture(scope="session")
+def adapter(demo: Path) -> Path:
+    """A LoRA adapter over the demo's m0, made by train-improver."""
+    options = ["--use-peft", "--lora-target-modules", "all-linear", "--lora-r", 12, "--learning-rate", 5e-3]
+    result = run(demo, "train-improver", "--recipe", "demo.yaml", *options, "--output-dir", "adapter")
+    assert result.returncode == 0, result.stderr
+    return demo / "adapter"
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The Python of an environment with vLLM, which is never the one that the tests run in."""
+    python = os.environ.get("SGPO_VLLM_PYTHON")
+    if not python:
+        pytest.skip("SGPO_VLLM_PYTHON is not set; tests/vllm_env.sh makes an environment with vLLM")
+    return python
+
+
+class Server(NamedTuple):
+    """An OpenAI-compatible server: its base URL, and the names of the model and of the adapter it serves."""
+
+    url: str
+    model: str
+    adapter: str
+
+
+@pytest.fixture(scope="session")
+def vllm_server(demo: Path, adapter: Path, vllm_python: str) -> Iterator[Server]:
+    """`vllm serve` with the demo's m0 and the adapter, on a free port; nothing of it is left afterwards."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [str(Path(vllm_python).with_name("vllm")), "serve", str(demo / "runs/demo/m0")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m0", "--dtype", "float32"]
+    command += ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"adapter={adapter}"]
+    command += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"]
+    command += ["--generation-config", "vllm", "--no-enable-chunked-prefill"]  # see engines/vllm.py
+    log = demo / "vllm-server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=demo, stdout=file, stderr=file, start_new_session=True, env=os.environ | VLLM_QUIET
+        )
+    try:
+        wait_for_health(f"http://127.0.0.1:{port}/health", process, log)
+        yield Server(f"http://127.0.0.1:{port}/v1", "m0", "adapter")
+    finally:
+        stop_session(process)
+
+
+VLLM_QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def wait_for_health(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 200) -> None:
+    for _ in range(int(seconds)):
+        assert process.poll() is None, log.read_text()
+        with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(1)
+    raise AssertionError(f"{url} does not answer after {seconds} s\n{log.read_text()}")
+
+
+def stop_session(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, and what it has started there."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=30)
+    for number in range(40):
+        if not session_members(process.pid):
+            break
+        if number == 20:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.5)
+    process.wait()
+    assert not session_members(process.pid)
+
+
+def session_members(session: int) -> list[str]:
+    """The command lines of the processes in a session, without zombies (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, member_of = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(member_of) == session and state != "Z":
+                found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+    return found

@@ -110,8 +110,11 @@ def token_counts(generations: Iterable[Generation]) -> dict[str, float]:
 
 ENGINES = {
     "transformers": "sgpo_cli.engines.transformers:TransformersEngine",
+    "vllm": "sgpo_cli.engines.vllm:VllmEngine",
     "echo": "sgpo_cli.engines.echo:EchoEngine",
 }
+
+INSTALL = {"vllm": "pip install 'sgpo[vllm]', in an environment of its own: see docs/vllm.md"}
 
 
 def check_engine(name: str) -> str:
@@ -129,7 +132,7 @@ def open_engine(name: str, model: str, **settings: Any) -> Engine:
     """The engine `name` with `model` loaded.
 
     Args:
-        settings: `dtype` and `chat_template_kwargs`.
+        settings: `dtype`, `chat_template_kwargs` and `engine_options`.
 
     Raises:
         UsageError: no such engine, or its package is not installed.
@@ -138,6 +141,8 @@ def open_engine(name: str, model: str, **settings: Any) -> Engine:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UsageError(f"engine '{name}' needs the package {error.name}", f"pip install {error.name}") from None
+        package = str(error.name).partition(".")[0]
+        install = INSTALL.get(package, f"pip install {package}")
+        raise UsageError(f"engine '{name}' needs the package {package}", install) from None
     engine: Engine = getattr(module, class_name)(model, **settings)
     return engine

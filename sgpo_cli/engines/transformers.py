@@ -14,7 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from sgpo_cli.engines.base import Generation, Message, Sampling
-from sgpo_cli.loading import end_tokens, load_model, load_tokenizer
+from sgpo_cli.errors import UsageError
+from sgpo_cli.loading import end_tokens, load_model, load_tokenizer, prompt_ids
 
 
 class RowSampling(LogitsProcessor):
@@ -50,21 +51,26 @@ class RowSampling(LogitsProcessor):
 class TransformersEngine:
     """A local or Hub model, on the accelerator if there is one."""
 
-    def __init__(self, model: str, dtype: str = "auto", chat_template_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        engine_options: dict[str, Any] | None = None,
+    ) -> None:
+        if engine_options:
+            raise UsageError("engine_options are for --engine vllm", "leave them out")
         self._template = chat_template_kwargs or {}
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype)
         self._context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
-        self._end = end_tokens(self._model, self._tokenizer)
+        self._end = end_tokens(self._model.generation_config, self._tokenizer)
         self._model.generation_config = GenerationConfig()  # nothing of the checkpoint's own may leak in
 
     def generate(
         self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Generation]:
-        texts = self._tokenizer.apply_chat_template(
-            list(conversations), tokenize=False, add_generation_prompt=True, **self._template
-        )
-        prompts: list[list[int]] = self._tokenizer(texts, add_special_tokens=False).input_ids
+        prompts = prompt_ids(self._tokenizer, conversations, **self._template)
         fitting = [number for number, ids in enumerate(prompts) if len(ids) < self._context]
         made = iter(self._generate([prompts[n] for n in fitting], sampling, [seeds[n] for n in fitting]))
         return [next(made) if len(ids) < self._context else Generation("", "too_long", len(ids)) for ids in prompts]

@@ -23,11 +23,17 @@ def open_generation(config: RemoteConfig, model: str) -> "LazyEngine | OpenAIEng
         UsageError: no such engine, or no address for it.
     """
     if config.engine == "openai":
+        if config.engine_options:
+            raise UsageError("engine_options are for --engine vllm", "leave them out")
         if config.base_url is None:
             raise UsageError("--engine openai needs --base-url", "for example --base-url http://localhost:8000/v1")
         return connect(config, model, config.base_url, config.api_key_env, config.api_key_file, interchangeable=True)
     check_engine(config.engine)
-    settings = {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}
+    settings = {
+        "dtype": config.dtype,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "engine_options": config.engine_options,
+    }
     return LazyEngine(lambda: open_engine(config.engine, model, **settings))
 
 

@@ -3,10 +3,10 @@
 The improver improves the model's own sampled answer, the one it would meet in gen-pairs.
 """
 
+import gc
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,20 @@ def run(config: EvaluateConfig, step: Step) -> None:
         _judged(judge, row, "")  # a prompt that the judge cannot read is refused before anything is generated
     tasks = [{"model": name, **row} for name in models for row in rows]
 
-    @lru_cache(maxsize=1)  # one model in memory at a time
+    engines: dict[str, Engine] = {}
+
     def engine_of(name: str) -> Engine:
-        return open_engine(
-            config.engine, models[name], dtype=config.dtype, chat_template_kwargs=config.chat_template_kwargs
-        )
+        if name not in engines:
+            engines.clear()  # one model in memory at a time, also while the next is loaded
+            gc.collect()
+            engines[name] = open_engine(
+                config.engine,
+                models[name],
+                dtype=config.dtype,
+                chat_template_kwargs=config.chat_template_kwargs,
+                engine_options=config.engine_options,
+            )
+        return engines[name]
 
     def work(batch: list[Row]) -> BatchResult:
         result = BatchResult([], {})
