@@ -94,10 +94,10 @@ def _table(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _facts(training: Mapping[str, Any]) -> str:
-    lines = [f"- {training['steps']} optimizer steps, {training['tokens']:,} tokens"]
-    for name in ("first_loss", "last_loss"):
-        if training.get(name) is not None:
-            lines.append(f"- {name.replace('_', ' ')}: {training[name]:.4f}")
+    """Only what a run that was stopped and continued knows as well as one that was not."""
+    lines = [f"- {training['steps']} optimizer steps"]
+    if training.get("last_loss") is not None:
+        lines.append(f"- last loss: {training['last_loss']:.4f}")
     if look := training.get("smoke"):
         lines.append(
             f"- of {look['prompts']} greedy answers to prompts of the training data, {look['stopped']} ended by "
