@@ -8,7 +8,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return record
 
 
-def read_records(path: Path, *, mend: bool, start: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def read_records(
+    path: Path, *, mend: bool, start: int = 0, damaged: Callable[[str], None] | None = None
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """The records of a file, each with the bytes where it begins and ends.
 
     Args:
         mend: cut a torn last record off; otherwise it is only passed over, another process may be writing.
         start: where a record begins.
+        damaged: told of damaged records, which are then passed over.
 
     Raises:
         IntegrityError: a record before the last one is damaged.
@@ -50,6 +53,10 @@ def read_records(path: Path, *, mend: bool, start: int = 0) -> Iterator[tuple[in
                 break
             record = decode(line)
             if record is None:
+                if damaged and line.endswith(b"\n"):
+                    damaged(f"{path}: record at byte {offset}")
+                    offset += len(line)
+                    continue
                 if file.read(1):
                     raise IntegrityError(
                         f"{path}: damaged record at byte {offset}",

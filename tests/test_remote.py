@@ -1,6 +1,7 @@
 """The remote client against a server that fails on purpose: every row of the table of faults, over real sockets."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import FAULTS, Choice, FaultServer, mixed, only, rate_limit, redirect, schedule, sequence
+from fault_server import (
+    FAULTS,
+    Choice,
+    FaultServer,
+    changed,
+    message,
+    mixed,
+    only,
+    rate_limit,
+    redirect,
+    schedule,
+    sequence,
+)
 
 from sgpo_cli.engines import Generation, Sampling
 from sgpo_cli.engines.openai import OpenAIEngine, Terms
@@ -54,7 +67,7 @@ class Client:
             try:
                 result = self.engine.ask_all(paid, texts, sampling or Sampling(64, 0.0), range(len(texts)), "test")
             finally:
-                self.paid_tokens, self.cost = paid.tokens, paid.cost
+                self.paid_tokens, self.cost = paid.tokens, paid.cost(self.engine.terms.prices or Prices())
             self.facts = result.facts
             return list(result.texts)
 
@@ -111,6 +124,27 @@ class TestOneRowThatAlwaysFails:
     @pytest.mark.parametrize("kind", "usage_missing usage_null usage_strings chunked gzip content_list".split())
     def test_odd_but_good_answers_are_taken(self, kind: str, directory: Path) -> None:
         assert outcome(kind, directory) == ("stop", 1)
+
+
+def test_half_a_character_makes_no_file_unwritable(directory: Path) -> None:
+    with FaultServer(message("half", content="Improved \ud800 answer")) as server:
+        (text,) = Client(server.url, directory).ask(1)
+    assert (text.text, text.finish_reason) == ("Improved \ufffd answer", "broken")
+
+
+def test_absurd_usage_is_not_believed(directory: Path) -> None:
+    with FaultServer(changed("absurd", good=True, usage={"prompt_tokens": 10**30, "completion_tokens": 3})) as server:
+        client = Client(server.url, directory)
+        client.ask(1)
+        assert client.paid_tokens < 100
+
+
+@pytest.mark.parametrize(
+    "form", [{"drop": ["messages"]}, {"drop": ["top-p"]}, {"extra": {"n": 5}}, {"extra": {"stream": True}}]
+)
+def test_what_makes_the_request_stays(form: dict[str, Any], directory: Path) -> None:
+    with pytest.raises(UsageError):
+        Client("http://127.0.0.1:9/v1", directory, **form)
 
 
 def test_thoughts_are_taken_off_and_can_be_kept(directory: Path, tmp_path: Path) -> None:
@@ -254,13 +288,28 @@ class TestPaysOnce:
             assert client.facts["reused"] == 30
             assert texts[::-1][:30] == first
 
-    def test_earlier_outputs_beside_the_step_are_read(self, directory: Path) -> None:
+    def test_the_log_of_an_earlier_output_is_taken_over(self, directory: Path) -> None:
         with FaultServer() as server:
-            Client(server.url, directory).ask(10)
-            directory.rename(directory.with_name("step.old-1"))
-            directory.mkdir()
-            Client(server.url, directory).ask(12)
+            client = Client(server.url, directory)
+            client.ask(10)
+            for number in (1, 2):
+                old = directory.rename(directory.with_name(f"step.old-{number}"))
+                directory.mkdir()
+                client.ask(10 + number)
+                shutil.rmtree(old)
             assert len(server.requests) == 12
+            assert client.paid_tokens == client.facts["prompt_tokens"] + client.facts["completion_tokens"]
+
+    def test_a_damaged_record_costs_its_own_answer_only(self, directory: Path) -> None:
+        with FaultServer() as server:
+            client = Client(server.url, directory)
+            first = client.ask(10)
+            log = directory / "paid" / "rank-0000.jsonl"
+            content = bytearray(log.read_bytes())
+            content[len(content) // 2] ^= 1
+            log.write_bytes(content)
+            assert client.ask(10) == first
+            assert len(server.requests) == 11
 
     def test_another_prompt_parameter_or_model_is_another_request(self, directory: Path) -> None:
         with FaultServer() as server:
@@ -308,6 +357,23 @@ class TestBudget:
             more = Client(server.url, directory, concurrency=4, prices=self.PRICES, budget=Budget(cost=100.0))
             more.ask(200)
             assert len(server.requests) == 200
+
+    def test_counts_what_was_paid_without_a_price_and_at_the_price_of_today(self, directory: Path) -> None:
+        with FaultServer() as server:
+            Client(server.url, directory).ask(10)
+            dear = Client(server.url, directory, prices=self.PRICES, budget=Budget(cost=0.1))
+            with pytest.raises(RemoteError, match=r"--max-cost 0\.1 is reached"):
+                dear.ask(12)
+            cheap = Client(server.url, directory, prices=Prices(1.0, 1.0), budget=Budget(cost=0.1))
+            cheap.ask(12)
+            assert len(server.requests) == 12
+
+    def test_what_was_thought_aside_is_on_the_bill(self, directory: Path) -> None:
+        usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 520}
+        with FaultServer(changed("thought", good=True, usage=usage)) as server:
+            client = Client(server.url, directory)
+            client.ask(3)
+            assert client.paid_tokens == 3 * 520
 
     def test_of_tokens(self, directory: Path) -> None:
         with FaultServer(latency=0.02) as server:

@@ -296,6 +296,13 @@ class TestBatchFiles:
         (["--teacher-api-key-file", "nowhere"], "nowhere"),
         (["--gates", "copy", "--gates", "lenght_ratio"], "no gate 'lenght_ratio'"),
         (["--concurrency", "0"], "concurrency"),
+        (["--teacher-api-key-env", "UNSET_VARIABLE"], "$UNSET_VARIABLE is not set"),
+        (["--teacher-api-key-env", CANARY], "not the name of one"),
+        (["--teacher-api-key-file", CANARY], "the key file"),
+        (["--extra-body", json.dumps({"user": CANARY})], "contains the API key"),
+        (["--teacher-base-url", f"https://host.example/{CANARY}/v1"], "contains the API key"),
+        (["--price", '{"input": 1, "output": 2, "batch": 50}'], "price.batch"),
+        (["--tokens-per-minute", "0"], "tokens_per_minute"),
         (["--batch-in", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -303,6 +310,7 @@ def test_wrong_options_leave_nothing_behind(options: list[str], said: str, world
     result = sgpo(*teach("http://127.0.0.1:9/v1"), *options, OPENAI_API_KEY=CANARY)
     assert (result.returncode, said in result.stderr) == (2, True), result.stderr
     assert "Traceback" not in result.stderr
+    assert CANARY not in result.stderr
     if "--batch-in" not in options:
         assert not (world / "out").exists()
 

@@ -22,9 +22,20 @@ class Sampling:
 
 # Why a text ended. "length": cut at the token limit. "too_long": the conversation does not fit in the model's
 # context. Only of servers: "filtered" and "refused" (the model will not say it), "empty", "too_large",
-# "bad_request" (the server takes no such request), "secret" (the text held the API key), "failed" (given up).
+# "bad_request" (the server takes no such request), "secret" (the text held the API key), "broken" (the text is no
+# Unicode), "failed" (given up).
 FinishReason = Literal[
-    "stop", "length", "too_long", "filtered", "refused", "empty", "too_large", "bad_request", "secret", "failed"
+    "stop",
+    "length",
+    "too_long",
+    "filtered",
+    "refused",
+    "empty",
+    "too_large",
+    "bad_request",
+    "secret",
+    "broken",
+    "failed",
 ]
 
 

@@ -86,7 +86,8 @@ async def connection(endpoint: Endpoint, *, timeout: float, concurrency: int) ->
             if isinstance(error.__cause__, RowRefused):
                 raise error.__cause__ from None
             kind = "timeout" if isinstance(error.__cause__, httpx.TimeoutException) else "connection"
-            raise Transient(kind, redact(f"{endpoint.url}: {error.__cause__ or error}")) from None
+            reason = str(error.__cause__ or "") or type(error.__cause__ or error).__name__
+            raise Transient(kind, redact(f"{endpoint.url}: {reason}")) from None
         return response.status_code, response.headers, redact_bytes(response.content)
 
     async with client:
@@ -201,7 +202,8 @@ class OpenAIEngine:
         note = ""
         if self.terms.prices is not None and tally.answers:
             left = max(progress.total - progress.done, 0)
-            note += f", cost {paid.cost:.2f} of about {paid.cost + left * tally.cost / tally.answers:.2f}"
+            spent = paid.cost(self.terms.prices)
+            note += f", cost {spent:.4g} of about {spent + left * tally.cost / tally.answers:.4g}"
         if tally.retries:
             kinds = ", ".join(f"{count} {kind}" for kind, count in tally.retries.most_common(3))
             note += f", {tally.retries.total()} retries ({kinds})"
@@ -229,7 +231,7 @@ class OpenAIEngine:
             "models": sorted(tally.models),
             "fingerprints": sorted(tally.fingerprints),
         }
-        return facts | ({"cost": round(paid.cost, 6)} if self.terms.prices is not None else {})
+        return facts | ({"cost": round(paid.cost(self.terms.prices), 6)} if self.terms.prices is not None else {})
 
 
 class PaidTexts(Sequence[Generation]):

@@ -23,6 +23,8 @@ CONTEXT = re.compile(r"context.length|context.window|maximum context|too long|to
 HOPELESS_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated")
 # Messages of servers that want another name for the token limit, or none of our parameters.
 RENAMED = re.compile(r"max_completion_tokens")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no file takes it
+MOST_TOKENS = 10_000_000  # of one request; a larger number is not believed
 UNSUPPORTED = re.compile(r"(unsupported|unrecognized|unknown|not (permitted|support|allowed))", re.I)
 
 
@@ -100,7 +102,7 @@ def _completion(body: dict[str, Any], content: bytes, request: Callable[[], str]
     if choices and not isinstance(message, dict):
         raise Transient("malformed", f"no message in the answer: {_start(content)}")
     message = message or {}
-    raw = _text(message.get("content"))
+    raw = _text(message.get("content")).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     text = raw if thinking else strip_thinking(raw)
     reason = choice.get("finish_reason") if isinstance(choice, dict) else None
     finish: FinishReason = {"length": "length", "content_filter": "filtered"}.get(str(reason), "stop")  # type: ignore[assignment]
@@ -108,6 +110,8 @@ def _completion(body: dict[str, Any], content: bytes, request: Callable[[], str]
         finish = "refused"
     if HIDDEN in text:
         finish = "secret"
+    if SURROGATE.search(text):
+        text, finish = SURROGATE.sub("\ufffd", text), "broken"
     paid = _with_usage(body, text, finish, request, raw)
     if finish == "stop" and blank(text):
         raise Transient("empty", "an empty answer", paid)
@@ -125,6 +129,8 @@ def _with_usage(body: dict[str, Any], text: str, finish: FinishReason, request: 
         prompt = estimate_tokens(request())
     if completion is None:
         completion = estimate_tokens(raw)
+    elif (total := _count(usage.get("total_tokens"))) is not None:
+        completion = max(completion, total - prompt)  # some servers keep what was thought out of it
     model, fingerprint = (str(body.get(name) or "")[:200] for name in ("model", "system_fingerprint"))
     return Answer(text, finish, prompt, completion, min(cached or 0, prompt), estimated, model, fingerprint)
 
@@ -153,7 +159,8 @@ def _text(content: Any) -> str:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+    return value if sane else None
 
 
 def _refusal(status: int, headers: Mapping[str, str], body: Any, content: bytes) -> Exception:

@@ -7,6 +7,7 @@ while; what no retry can change ends it at once.
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from sgpo_cli.errors import RemoteError
+from sgpo_cli.errors import RemoteError, UsageError
 from sgpo_cli.remote.answer import Answer, RateLimited, RowRefused, Transient, estimate_tokens, hint_for, read
 from sgpo_cli.remote.gate import Gate, Limits
 from sgpo_cli.remote.signals import gently
@@ -184,8 +185,9 @@ class Asker:
         if not isinstance(error, Transient):
             return True
         self._tally.retries[error.kind] += 1
+        server_fault = error.kind.startswith(SERVER_FAULTS)
         outage = min(gate.outage() for gate in self._gates)
-        if outage > self._patience.max_outage:
+        if server_fault and outage > self._patience.max_outage:
             raise RemoteError(
                 f"nothing has worked for {outage:.0f} s, last: {error.kind} {error}".rstrip(),
                 "what was answered is kept; run the same command again when the server is back",
@@ -193,12 +195,17 @@ class Asker:
         if error.kind == "empty":
             question.empty += 1
             return question.empty >= EMPTY_ATTEMPTS
-        question.attempts += not self._gates[question.server].suspect
+        question.attempts += not (server_fault and self._gates[question.server].suspect)
         return question.attempts >= attempts or (state.seconds_since_start or 0) > MAX_ELAPSED
 
     async def _attempt(self, question: Question) -> None:
         while True:
             tokens = estimate_tokens(question.text) if self._counts_tokens() else 0
+            if tokens > (self._limits.tokens_per_minute or math.inf):
+                raise UsageError(
+                    f"row {question.row + 1}: about {tokens} tokens, more than --tokens-per-minute allows",
+                    "raise --tokens-per-minute",
+                )
             question.server = min(range(len(self._gates)), key=lambda number: self._gates[number].preference)
             gate = self._gates[question.server]
             await gate.enter(tokens)

@@ -13,7 +13,6 @@ from sgpo_cli.artifacts import line, write_lines
 from sgpo_cli.errors import IncompleteError, RemoteError, UsageError
 from sgpo_cli.remote.answer import Answer, RateLimited, RowRefused, Transient, read
 from sgpo_cli.remote.asker import Question
-from sgpo_cli.remote.budget import Prices
 from sgpo_cli.remote.paid import Paid, number_of
 from sgpo_cli.remote.secret import redact_bytes
 
@@ -57,7 +56,7 @@ def read_answers(path: str, questions: Iterable[Question], paid: Paid, terms: "T
     for number, (key, status, body) in enumerate(_lines(path), 1):
         question = wanted.get(number_of(key)) if len(key) == 32 else None
         if question is None or question.key != key:
-            counts["answer to no request of this step, or answered before"] += 1
+            counts["for requests that are not of this step or are answered already"] += 1
             continue
         try:
             answer = read(status, {}, redact_bytes(body), lambda q=question: q.text, thinking=terms.thinking)  # type: ignore[misc]
@@ -72,10 +71,7 @@ def read_answers(path: str, questions: Iterable[Question], paid: Paid, terms: "T
             counts[f"failed: {fault}"[:80]] += 1
             logger.debug("%s:%d: %s", path, number, fault)
             continue
-        cost = (terms.prices or Prices()).cost(
-            answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens, batch=True
-        )
-        paid.add(key, answer, cost)
+        paid.add(key, answer, batch=True)
         del wanted[number_of(key)]
         counts["answers"] += 1
     paid.index()
@@ -102,12 +98,14 @@ def _lines(path: str) -> Iterator[tuple[str, int, bytes]]:
                 continue
             try:
                 entry = json.loads(text)
+                if "body" in entry:
+                    raise ValueError("it is a request")
                 key, response, failure = entry["custom_id"], entry.get("response"), entry.get("error")
                 status = int(response["status_code"]) if response else 500
                 body = response["body"] if response else {"error": failure}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(
-                    f"{path}:{number}: not a line of a batch service's output ({error!r})",
-                    "lines have custom_id and response, with status_code and body",
+                    f"{path}:{number}: not a line of a batch service's output ({type(error).__name__}: {error})",
+                    "lines have custom_id and response, with status_code and body; requests are not answers",
                 ) from None
             yield str(key), status, line(body) if isinstance(body, dict) else str(body).encode()

@@ -37,6 +37,8 @@ def read_prices(given: Mapping[str, Any]) -> Prices | None:
             raise UsageError(f"price: unknown key {name!r}", "keys: input, output, cached_input, batch; " + example)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
             raise UsageError(f"price.{name}: expected a number, got {value!r}", example)
+    if given.get("batch", 0) > 1:
+        raise UsageError(f"price.batch: a factor of at most 1, got {given['batch']!r}", "half the price is 0.5")
     if given and not {"input", "output"} <= given.keys():
         raise UsageError("price: input and output are both needed", example)
     return Prices(**given) if given else None
@@ -54,6 +56,6 @@ class Budget:
         for name, spent, limit in (("cost", cost, self.cost), ("tokens", tokens, self.tokens)):
             if limit is not None and spent > limit:
                 raise RemoteError(
-                    f"--max-{name} {limit:g} is reached",
+                    f"--max-{name} {limit:g} is reached: with the next request it would be about {spent:.6g}",
                     f"what was paid for is kept; run again with a higher --max-{name} to continue",
                 )

@@ -1,5 +1,6 @@
 """From a stage's options to an engine that asks a server."""
 
+import json
 from typing import TYPE_CHECKING
 
 from sgpo_cli.configs import RemoteConfig
@@ -10,7 +11,7 @@ from sgpo_cli.remote.budget import Budget, read_prices
 from sgpo_cli.remote.endpoint import open_endpoint
 from sgpo_cli.remote.form import RequestForm
 from sgpo_cli.remote.gate import Limits
-from sgpo_cli.remote.secret import read_key
+from sgpo_cli.remote.secret import read_key, redact
 
 if TYPE_CHECKING:
     from sgpo_cli.engines.openai import OpenAIEngine
@@ -53,12 +54,17 @@ def connect(
     if config.max_cost is not None and prices is None:
         raise UsageError("--max-cost needs --price", 'for example --price \'{"input": 2.5, "output": 10}\'')
     key = read_key(key_env, key_file)
+    for option, text in (("address", urls), ("model", model), ("--extra-body", json.dumps(config.extra_body))):
+        if key is not None and redact(text) != text:
+            raise UsageError(f"the {option} contains the API key, and would be written to disk", "leave it out there")
     endpoints = [open_endpoint(url, key, allow_insecure=config.allow_insecure) for url in urls.split(",")]
 
     from sgpo_cli.engines.openai import OpenAIEngine, Terms  # imports the package
 
     template = config.chat_template_kwargs
     extra = {"chat_template_kwargs": template} if template and interchangeable else {}
+    if key is None and any(endpoint.url.startswith("https://api.openai.com") for endpoint in endpoints):
+        raise UsageError("no API key: OPENAI_API_KEY is not set", "export it, or name your own server's address")
     form = RequestForm(
         "" if interchangeable else ",".join(sorted(endpoint.url for endpoint in endpoints)),
         model,

@@ -35,17 +35,21 @@ def estimate(
         if rate and amount / rate * 60 > seconds:
             seconds, bound = amount / rate * 60, f"{rate:g} {name} a minute"
     prices = read_prices(config.price)
-    money = f"{prices.cost(prompt, output):,.2f}" if prices else "unknown; --price tells the price per million tokens"
+    money = _money(prices.cost(prompt, output)) if prices else "unknown; --price tells the price per million tokens"
     lines = [
         f"rows           {rows:>12,}",
         f"prompt tokens  {prompt:>12,}  (estimated, from the length of the texts)",
         f"output tokens  {output:>12,}  (estimated, references x {GROWTH:g}; a reasoning model's thinking is extra)",
         f"cost           {money:>12}"
-        + (f"  (as a batch {prices.cost(prompt, output, batch=True):,.2f})" if prices else ""),
+        + (f"  (as a batch {_money(prices.cost(prompt, output, batch=True))})" if prices else ""),
         f"time           {_span(seconds):>12}  (at {bound})",
         "nothing was sent; what was paid for earlier is not subtracted",
     ]
     return lines
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
 
 
 def _span(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sgpo_cli.engines.base import Message, Sampling
+from sgpo_cli.errors import UsageError
 from sgpo_cli.remote.asker import Question
 
 
@@ -16,6 +17,9 @@ class RequestForm:
         extra: further fields of the body; they win over ours.
         drop: our fields that this server does not take.
         max_tokens_field: what this server calls the limit on new tokens.
+
+    Raises:
+        UsageError: a field that makes the request what it is would be changed, or an unknown one dropped.
     """
 
     def __init__(
@@ -28,6 +32,11 @@ class RequestForm:
         max_tokens_field: str = "max_tokens",
         reasoning_effort: str | None = None,
     ) -> None:
+        ours = ["temperature", "top_p", "seed", "reasoning_effort", max_tokens_field]
+        if taken := sorted({"messages", "model", "n", "stream"} & {*(extra or {}), *drop}):
+            raise UsageError(f"--extra-body and --drop-params: {taken[0]} is not to be changed", "leave it out")
+        if unknown := sorted(set(drop) - set(ours)):
+            raise UsageError(f"--drop-params {unknown[0]}: no such field", f"fields: {', '.join(ours)}")
         self._url, self.model, self._extra, self._drop = url, model, dict(extra or {}), set(drop)
         self._max_tokens_field, self._reasoning_effort = max_tokens_field, reasoning_effort
 

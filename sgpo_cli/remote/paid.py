@@ -2,13 +2,14 @@
 
 The key is a digest of the whole request (address, model, messages, parameters, sample), so rows may be
 added, removed or reordered and no answer is bought twice, and another prompt template never meets old
-answers. The log lies in the step's directory, stays when the step is done, and those of earlier outputs
-(`NAME.old-1` ...) are read as well.
+answers. The log lies in the step's directory and stays when the step is done; an output that replaces another
+(`NAME.old-1` ...) takes over a copy of its log.
 """
 
+import logging
+import shutil
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from io import BufferedReader
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any, Self
 from sgpo_cli.errors import IntegrityError
 from sgpo_cli.journal import Log, decode, read_records
 from sgpo_cli.remote.answer import Answer
+from sgpo_cli.remote.budget import Prices
 
+logger = logging.getLogger(__name__)
 DIRECTORY = "paid"
 INDEX_EVERY = 50_000  # keys in a set take a hundred bytes, in the index sixteen
 
@@ -40,14 +43,14 @@ class Paid:
         self._files: list[BufferedReader] = []
         self._keys, self._places, self._sources = array("Q"), array("Q"), array("I")
         self._recent: set[int] = set()
-        self.cost = 0.0
-        self.tokens = 0
+        self._usage = {False: [0, 0, 0], True: [0, 0, 0]}  # by whether it came as a batch
 
     def __enter__(self) -> Self:
+        self._take_over()
         self._own.parent.mkdir(exist_ok=True)
         self._own.touch()
-        for path in sorted(self._logs()):
-            for offset, _, record in read_records(path, mend=path == self._own):
+        for path in sorted(self._own.parent.glob("rank-*.jsonl")):
+            for offset, _, record in read_records(path, mend=path == self._own, damaged=self._warn):
                 self._count(record)
                 if record["key"] is not None:
                     self._note(number_of(record["key"]), offset, len(self._files))
@@ -57,13 +60,25 @@ class Paid:
         self.index()
         return self
 
-    def _logs(self) -> Iterator[Path]:
-        """Our own, those of other ranks, and those of outputs that were moved aside."""
-        yield from (self._directory / DIRECTORY).glob("rank-*.jsonl")
-        old = self._directory.name + ".old-"
-        for sibling in self._directory.parent.iterdir():
-            if sibling.name.startswith(old) and sibling.name.removeprefix(old).isdigit():
-                yield from (sibling / DIRECTORY).glob("rank-*.jsonl")
+    def _take_over(self) -> None:
+        """Copy the log of the newest earlier output, which has those before it."""
+        if self._own.parent.exists():
+            return
+        prefix = self._directory.name + ".old-"
+        siblings = [path for path in self._directory.parent.iterdir() if path.name.startswith(prefix)]
+        numbered = {
+            int(path.name.removeprefix(prefix)): path for path in siblings if path.name[len(prefix) :].isdigit()
+        }
+        for number in sorted(numbered, reverse=True):
+            if (earlier := numbered[number] / DIRECTORY).is_dir():
+                copy = self._own.parent.with_name(DIRECTORY + ".tmp")
+                shutil.copytree(earlier, copy)
+                copy.rename(self._own.parent)
+                return
+
+    @staticmethod
+    def _warn(place: str) -> None:
+        logger.warning("%s: damaged and passed over; if it is an answer that is needed, it is asked for again", place)
 
     def _note(self, number: int, offset: int, source: int) -> None:
         self._keys.append(number)
@@ -71,8 +86,18 @@ class Paid:
         self._sources.append(source)
 
     def _count(self, record: dict[str, Any]) -> None:
-        self.cost += record["cost"]
-        self.tokens += record["prompt_tokens"] + record["completion_tokens"]
+        usage = self._usage[record["batch"]]
+        for place, name in enumerate(("prompt_tokens", "completion_tokens", "cached_tokens")):
+            usage[place] += record[name]
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers that were ever paid for here, prompts and answers together."""
+        return sum(prompt + completion for prompt, completion, _ in self._usage.values())
+
+    def cost(self, prices: Prices) -> float:
+        """Of all answers that were ever paid for here, at these prices."""
+        return sum(prices.cost(*usage, batch=batch) for batch, usage in self._usage.items())
 
     def index(self) -> None:
         """Make the answers added so far findable."""
@@ -111,12 +136,12 @@ class Paid:
         record = decode(file.readline())
         if record is None:
             raise IntegrityError(f"{file.name}: record at byte {self._places[place]} changed while it was in use")
-        return Answer(**{name: value for name, value in record.items() if name not in ("key", "cost")})
+        return Answer(**{name: value for name, value in record.items() if name not in ("key", "batch")})
 
-    def add(self, key: str | None, answer: Answer, cost: float) -> None:
+    def add(self, key: str | None, answer: Answer, *, batch: bool = False) -> None:
         """Keep an answer; without a key only what it cost: it was useless, but is on the bill."""
         text = answer.text if key is not None else ""
-        record = {"key": key, **asdict(replace(answer, text=text)), "cost": cost}
+        record = {"key": key, **asdict(replace(answer, text=text)), "batch": batch}
         offset = self._log.append(record)
         self._count(record)
         if key is not None:

@@ -8,6 +8,7 @@ import base64
 import json
 import logging
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from urllib.parse import quote
 from sgpo_cli.errors import UsageError
 
 logger = logging.getLogger(__name__)
+DEFAULT = "OPENAI_API_KEY"
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 SHORTEST = 8  # a shorter one ("EMPTY", "none") is a placeholder, and hiding it would deface every text
 HIDDEN = "[hidden:api-key]"
 _forms: list[str] = []
@@ -43,7 +46,11 @@ def read_key(variable: str, file: str | None) -> Secret | None:
     Raises:
         UsageError: the file cannot be read or is empty, or the key has characters that no header can carry.
     """
+    if variable and not NAME.fullmatch(variable):
+        raise UsageError("the option for the key's variable: not the name of one", "name it; the key stays there")
     value, where = os.environ.get(variable, "") if variable else "", f"${variable}"
+    if variable not in ("", DEFAULT) and not value and file is None:
+        raise UsageError(f"{where} is not set", f"export {variable}=..., or name another variable")
     if file is not None:
         where = file
         path = Path(file).expanduser()
@@ -52,7 +59,8 @@ def read_key(variable: str, file: str | None) -> Secret | None:
             shared = stat.S_IMODE(path.stat().st_mode) & 0o077
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise UsageError(f"{file}: {reason}", "name a file that holds the key and nothing else") from None
+            named = file if os.sep in file or len(file) < SHORTEST * 2 else "the key file"  # it may be the key itself
+            raise UsageError(f"{named}: {reason}", "name a file that holds the key and nothing else") from None
         if shared:
             logger.warning("%s: others can read this key; chmod 600 %s", file, file)
         if not value:

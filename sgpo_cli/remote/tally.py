@@ -30,16 +30,14 @@ class Tally:
         self.retries: Counter[str] = Counter()
         self.failed: dict[int, str] = {}
         self.requests = self.answers = self.whole = self.estimated = 0
-        self.tokens, self.cost = 0, 0.0
+        self.cost = 0.0
         self.models: set[str] = set()
         self.fingerprints: set[str] = set()
 
     def keep(self, key: str, answer: Answer) -> None:
         """Into the log before anything else."""
-        cost = self._cost(answer)
-        self._paid.add(key, answer, cost)
-        self.cost += cost
-        self.tokens += answer.prompt_tokens + answer.completion_tokens
+        self._paid.add(key, answer)
+        self.cost += self._prices.cost(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
         self.answers += 1
         self.whole += answer.finish == "stop"
         self.estimated += answer.estimated
@@ -50,10 +48,7 @@ class Tally:
 
     def charge(self, useless: Answer) -> None:
         """An answer that is of no use, but on the bill."""
-        self._paid.add(None, useless, self._cost(useless))
-
-    def _cost(self, answer: Answer) -> float:
-        return self._prices.cost(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
+        self._paid.add(None, useless)
 
     @property
     def is_limited(self) -> bool:
@@ -66,11 +61,12 @@ class Tally:
         Raises:
             BudgetReached: it does not.
         """
-        mean = max(self.tokens / self.answers if self.answers else 0, tokens)
-        price = self._paid.cost / self._paid.tokens if self._paid.tokens else self._prices.input / MILLION
+        mean = max(self._paid.tokens / len(self._paid) if len(self._paid) else 0, tokens)
+        spent = self._paid.cost(self._prices)
+        price = spent / self._paid.tokens if self._paid.tokens else self._prices.input / MILLION
         coming = mean * in_flight
         try:
-            self._budget.check(self._paid.cost + coming * price, self._paid.tokens + coming)
+            self._budget.check(spent + coming * price, self._paid.tokens + coming)
         except RemoteError as error:
             raise BudgetReached(str(error), error.hint) from None
 
