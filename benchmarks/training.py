@@ -3,12 +3,12 @@
     python benchmarks/training.py --repeats 3 --work runs/bench-training
 
 The same rows, start model and settings, each run a process of its own, in turn; the median counts, import time
-included. Seconds of the processor are given beside those of the clock: they hold on a machine with other work too. "plain" is sgpo with every setting as TRL has it, "defaults" sgpo as it comes. The evaluation loss is that
-of the trained models on held-out rows, computed in one place for all. Writes `benchmarks/training.json`.
+included. Seconds of the processor stand beside those of the clock: they hold on a machine with other work too.
+"plain" is sgpo with every setting as TRL has it, "defaults" sgpo as it comes. The evaluation loss is that of the
+trained models on held-out rows, computed in one place for all. Writes `benchmarks/training.json`.
 """
 
 import argparse
-import json
 import math
 import os
 import resource
