@@ -120,11 +120,13 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
         with exits.mapped(debug=debug):
             _configure_logging(verbose)
             values = {name: value for name, value in flags.items() if value not in (None, [])}
-            config = _config(stage, recipe, step, run_dir, values | trailing_options(ctx.args))
+            if config.POSITIONAL and ctx.args and not ctx.args[0].startswith("-"):
+                values[config.POSITIONAL] = ctx.args.pop(0)
+            built = _config(stage, recipe, step, run_dir, values | trailing_options(ctx.args))
             if dry_run:
-                _dry_run(stage, config)
+                _dry_run(stage, built)
             else:
-                run_stage(stage, config, fresh=fresh)
+                run_stage(stage, built, fresh=fresh)
 
     own = [_flag(field) for field in own_options(config).values()]
     left_out = () if config.DRY_RUN else ("dry_run",)

@@ -44,6 +44,7 @@ class StageConfig:
 
     VERSION: ClassVar[int] = 1  # raised by hand when the same request would give another output
     TRAINER: ClassVar[str] = ""  # which of TRL's trainers takes further options: "sft", "dpo" or none
+    POSITIONAL: ClassVar[str] = ""  # the option that may also be given without its flag
     DRY_RUN: ClassVar[bool] = False  # whether the stage's module can say beforehand what it would do and cost
 
     output_dir: str = option("Directory to write; a step has exactly one.", kind="guard")
@@ -270,6 +271,8 @@ class DpoConfig(TrainConfig):
 @dataclass(kw_only=True)
 class MergeConfig(StageConfig):
     """Merge an adapter into its base model: a full model, for tools that take no adapters."""
+
+    POSITIONAL: ClassVar[str] = "model_name_or_path"
 
     model_name_or_path: str = option("The adapter: a step, a directory or a Hub name.", kind="model")
     dtype: Dtype = option("Number format to save: auto (the base checkpoint's), float32, bfloat16 ...", "auto")

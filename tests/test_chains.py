@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, chat, run_stage, sentence, write_lines
+from conftest import SMALL, Sgpo, chat, run_stage, sentence, write_lines
 
 from sgpo_cli.errors import SgpoError, UsageError
 
@@ -83,6 +83,17 @@ def test_a_merged_adapter_answers_as_the_adapter(starts: dict[str, Path], tmp_pa
     assert greedy(tmp_path / "merged") == greedy(starts["lora"])
     with pytest.raises(UsageError, match="nothing to merge"):
         run_stage("merge", tmp_path / "again", model_name_or_path=str(tmp_path / "merged"))
+
+
+def test_the_merge_command_takes_the_adapter_as_its_argument(
+    starts: dict[str, Path], tmp_path: Path, sgpo: Sgpo
+) -> None:
+    result = sgpo("merge", starts["lora"], "--output-dir", "full")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "full" / "model.safetensors").exists()
+    refused = sgpo("merge", "--output-dir", "other")
+    assert refused.returncode == 2
+    assert "option 'model_name_or_path' is missing" in refused.stderr
 
 
 def test_an_adapter_names_its_base_so_that_it_is_found_from_anywhere(

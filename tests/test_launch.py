@@ -50,12 +50,12 @@ def start(launcher: list[str], command: list[str], place: Path) -> subprocess.Po
 
 
 def finish(launcher: list[str], command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*launcher, *command], cwd=place, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*launcher, *command], cwd=place, capture_output=True, text=True, timeout=240)
 
 
 def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> None:
     """Wait for something that the process does."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not found():
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -285,6 +285,48 @@ class TestTraining:
         assert not (tmp_path / "m1").exists()
 
 
+class TestCheckpoints:
+    """What a checkpoint must have lost or kept to be resumed from; none of it needs a model."""
+
+    NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+    def make(self, directory: Path, step: int) -> Path:
+        from sgpo_cli.checkpoints import seal
+
+        checkpoint = directory / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in self.NAMES:
+            (checkpoint / name).write_bytes(f"{name} of step {step}".encode())
+        seal(checkpoint)
+        return checkpoint
+
+    @pytest.mark.parametrize("name", [*NAMES, "sgpo_seal.json"])
+    @pytest.mark.parametrize("damage", ["missing", "half", "empty"])
+    def test_a_damaged_checkpoint_is_never_resumed_from(self, tmp_path: Path, name: str, damage: str) -> None:
+        from sgpo_cli.checkpoints import newest_whole
+
+        older, newer = self.make(tmp_path, 5), self.make(tmp_path, 10)
+        assert newest_whole(tmp_path) == newer
+        content = (newer / name).read_bytes()
+        (newer / name).write_bytes(content[: len(content) // 2] if damage == "half" else b"")
+        if damage == "missing":
+            (newer / name).unlink()
+        assert newest_whole(tmp_path) == older
+        (older / name).unlink()
+        assert newest_whole(tmp_path) is None
+
+    def test_one_of_another_number_of_processes_is_refused(self, tmp_path: Path) -> None:
+        from sgpo_cli.checkpoints import newest_whole, seal
+        from sgpo_cli.errors import StaleError
+
+        checkpoint = self.make(tmp_path, 5)
+        (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+        (checkpoint / "rng_state_1.pth").write_bytes(b"of another rank")
+        seal(checkpoint)
+        with pytest.raises(StaleError, match="made by 2 processes, these are 1"):
+            newest_whole(tmp_path)
+
+
 class TestSelfChecks:
     """What would only be noticed after hours."""
 

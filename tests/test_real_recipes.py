@@ -90,8 +90,8 @@ def tiny(directory: Path, base: Path, architecture: str) -> None:
     config_class, model_class = kinds[architecture[:4] if architecture.startswith("Qwen") else "Llama"]
     config = config_class(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=128,  # 4-bit weights come in blocks of 64
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

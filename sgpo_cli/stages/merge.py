@@ -12,7 +12,7 @@ def run(config: MergeConfig, step: Step) -> None:
     import torch
 
     from sgpo_cli import saving
-    from sgpo_cli.loading import load_tokenizer, refusals
+    from sgpo_cli.loading import end_tokens, load_tokenizer, refusals
     from sgpo_cli.start_model import StartModel
 
     start = StartModel.find(config.model_name_or_path)
@@ -24,6 +24,9 @@ def run(config: MergeConfig, step: Step) -> None:
         temporary = step.directory / "model.tmp"
         with refusals(config.model_name_or_path):
             model = start.load_merged(dtype)
+        model.generation_config.eos_token_id = end_tokens(
+            model.generation_config, tokenizer
+        )  # the adapter may have got one of its own
         model.save_pretrained(temporary)
         saving.save_tokenizer(tokenizer, config.model_name_or_path, temporary)
         before = read_manifest(Path(config.model_name_or_path)) or {}
