@@ -49,8 +49,11 @@ def read_dataset(config: DataConfig, needs: Sequence[str], model: str) -> Rows:
 
 def forbidden_tokens(config: DataConfig, model: str) -> list[str]:
     """The control tokens of a model that must not occur in text; none with `control_tokens: keep`."""
-    if config.control_tokens == "keep":
-        return []
+    return [] if config.control_tokens == "keep" else model_tokens(model)
+
+
+def model_tokens(model: str) -> list[str]:
+    """The control tokens of a model directory or Hub name."""
     directory = Path(model)
     if not directory.exists():
         from huggingface_hub import hf_hub_download

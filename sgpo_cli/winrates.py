@@ -19,6 +19,7 @@ RESAMPLES = 2000
 RIDGE = 1e-8  # keeps a separated fit finite; moves no other by more than 1e-9
 STEPS = 200
 LARGEST_STEP = 3.0
+CLOSE_ENOUGH = 1e-7  # of a step; the next one is its square
 CELLS = 4_000_000  # numbers in memory at once while resampling
 GAMED_WEIGHT = 0.2  # AlpacaEval's weight of the gamed baselines' annotations ...
 GAMED_BASELINES = 2  # ... shared by so many of them
@@ -40,19 +41,21 @@ def fit_logistic(features: Array, outcomes: Array, weights: Array) -> Array:
     Returns:
         b, [fits, columns].
     """
-    fits, columns = len(weights), features.shape[1]
+    columns = features.shape[1]
     products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
-    found = np.zeros((fits, columns))
-    ridge = RIDGE * np.eye(columns)
+    found, ridge = np.zeros((len(weights), columns)), RIDGE * np.eye(columns)
+    active = np.arange(len(weights))
     for _ in range(STEPS):
-        chance = logistic(found @ features.T)
-        slope = (weights * (outcomes - chance)) @ features - RIDGE * found
-        curvature = ((weights * chance * (1 - chance)) @ products).reshape(fits, columns, columns) + ridge
+        at, weight = found[active], weights[active]
+        chance = logistic(at @ features.T)
+        slope = (weight * (outcomes - chance)) @ features - RIDGE * at
+        curvature = ((weight * chance * (1 - chance)) @ products).reshape(-1, columns, columns) + ridge
         step = np.linalg.solve(curvature, slope[:, :, None])[:, :, 0]
+        size = np.abs(step).max(axis=1)
         # Newton's method overshoots where the curvature is nearly nothing.
-        step *= np.minimum(1, LARGEST_STEP / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
-        found += step
-        if np.abs(step).max() < 1e-10:
+        found[active] += step * np.minimum(1, LARGEST_STEP / np.maximum(size, LARGEST_STEP))[:, None]
+        active = active[size > CLOSE_ENOUGH * (1 + np.abs(at).max(axis=1))]
+        if not len(active):
             break
     return found
 
