@@ -98,8 +98,10 @@ def _plain(annotation: Any) -> Any:
     """The type that the command line parses; ranges and choices are checked where recipes are."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if get_origin(annotation) is list or annotation is bool:
-        return annotation | None
+    if get_origin(annotation) is list:
+        return list[str] | None
+    if annotation is bool:
+        return bool | None
     return str | None
 
 

@@ -28,7 +28,8 @@ def option(help: str, default: Any = MISSING, *, kind: str = "value") -> Any:
 
     Args:
         kind: how it enters the request of a step. "value": as it is. "data", "model": the digest of what
-            it names. "teacher": the digest of the model it names, if any. "prompt": the prompt's text.
+            it names. "answers": the same, of a model or a file of its answers. "teacher", "judge": the digest of
+            the model or file it names, if any. "prompt": the prompt's text.
             "url": the address without credentials and query.
             "guard": not at all, because it can stop a run but never change its output.
     """
@@ -279,16 +280,72 @@ class MergeConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(GenerateConfig):
-    """Models answer held-out prompts, as policy and as improver; a judge scores the answers."""
+class EvaluateConfig(RemoteConfig):
+    """Models answer held-out prompts, as policy and as improver; a judge scores the answers, or compares them."""
 
-    models: list[str] = option("The models to compare; on the command line, repeat the flag.", kind="model")
-    judge: str = option("Who scores: demo (the demo world's rule).", "demo")
+    ALL_ANSWERS: ClassVar[tuple[str, ...]] = ("policy_sampled", "policy_greedy", "improver_sampled", "improver_greedy")
+
+    models: list[str] = option(
+        "The models to compare, or files of answers (AlpacaEval's, Arena-Hard's, or JSON lines with id or prompt, and "
+        "response); on the command line, repeat the flag.",
+        kind="answers",
+    )
+    judge: str = option(
+        "Who judges: openai:MODEL (any OpenAI-compatible server), hf:PATH_OR_NAME (a local model), "
+        "reward:PATH_OR_NAME (a reward model), MODULE:FUNCTION (your own, of prompt and response), demo (the demo "
+        "world's rule).",
+        "demo",
+        kind="judge",
+    )
+    baseline: str | None = option(
+        "The model that win rates are against: the name of one of the models, another model, or a file of answers.",
+        None,
+        kind="answers",
+    )
+    judge_mode: Literal["auto", "pairwise", "pointwise"] = option(
+        "pairwise: a language model compares with the baseline's answer; pointwise: it gives 1 to 10; auto: pairwise "
+        "when there is a baseline. Other judges always score, and scores are compared.",
+        "auto",
+    )
+    judge_orders: Literal["both", "single"] = option(
+        "For pairwise: ask with each answer first, and count what both agree on; or once, in an order drawn per row.",
+        "both",
+    )
+    judge_prompt: str | None = option(
+        "Text file with the judge's instructions; default: judge_pairwise or judge_pointwise.", None, kind="prompt"
+    )
+    judge_max_new_tokens: Count = option("Longest reply of the judge, in tokens; one cut there is invalid.", 1024)
+    judge_temperature: Temperature = option("Sampling temperature of the judge; 0 is greedy.", 0.0)
+    judge_base_url: str = option("Address of the server of openai:MODEL.", "https://api.openai.com/v1", kind="url")
+    judge_api_key_env: str = option(
+        "Environment variable that holds the API key; '' for none.", "OPENAI_API_KEY", kind="guard"
+    )
+    judge_api_key_file: str | None = option("File that holds the API key, instead.", None, kind="guard")
+    answers: list[Literal["policy_sampled", "policy_greedy", "improver_sampled", "improver_greedy"]] = option(
+        "Which answers to judge; repeat the flag. The improver improves the sampled answer of the policy.",
+        list(ALL_ANSWERS),
+    )
+    lc_official: str | None = option(
+        "AlpacaEval's df_gamed.csv or instruction_difficulty.csv, for its full length-controlled win rate on its own "
+        "prompts.",
+        None,
+        kind="data",
+    )
     improver_prompt: str | None = option(
         "Text file that asks for an improvement; default: the one a model was trained with.",
         None,
         kind="prompt",
     )
+
+    def __post_init__(self) -> None:
+        """`--baseline m0` is the model whose path ends with m0; what a language model does and is told is settled."""
+        paths = {path.rstrip("/").rpartition("/")[2]: path for path in self.models}
+        self.baseline = paths.get(self.baseline or "", self.baseline)
+        talks = self.judge.startswith(("hf:", "openai:"))
+        if self.judge_mode == "auto":
+            self.judge_mode = "pairwise" if talks and self.baseline else "pointwise"
+        if talks and self.judge_prompt is None:
+            self.judge_prompt = f"judge_{self.judge_mode}"
 
 
 STAGES: dict[str, type[StageConfig]] = {

@@ -59,3 +59,10 @@ def added_tokens(model_dir: Path) -> list[str]:
 
 def _is_ordinary(text: str) -> bool:
     return all(char.isalnum() or char.isspace() for char in text)
+
+
+def defused(text: str, tokens: Collection[str]) -> str:
+    """The text with a space in every control token, so that it is read as the words it looks like."""
+    for token in tokens:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text

@@ -51,6 +51,11 @@ def forbidden_tokens(config: DataConfig, model: str) -> list[str]:
     """The control tokens of a model that must not occur in text; none with `control_tokens: keep`."""
     if config.control_tokens == "keep" or (isinstance(config, RemoteConfig) and config.is_served(model)):
         return []
+    return model_tokens(model)
+
+
+def model_tokens(model: str) -> list[str]:
+    """The control tokens of a model directory or Hub name."""
     directory = Path(model)
     if not directory.exists():
         from huggingface_hub import hf_hub_download

@@ -31,7 +31,7 @@ def request_of(stage: str, config: StageConfig) -> Request:
             values[name] = prompts.load(value)
         elif kind == "url":
             values[name] = clean_url(value)
-        elif kind in ("value", "prompt", "teacher") or (kind == "model" and _is_served(config, value)):
+        elif kind in ("value", "prompt", "teacher", "judge") or (kind == "model" and _is_served(config, value)):
             values[name] = value
     inputs = {name: _digest(source, kind) for name, source, kind in sources(config)}
     return Request(stage, type(config).VERSION, values, inputs)
@@ -41,17 +41,28 @@ def sources(config: StageConfig) -> Iterator[tuple[str, str, str]]:
     """What a step reads: (option, source, "data" or "model")."""
     for name, field in own_options(type(config)).items():
         kind, value = field.metadata["kind"], getattr(config, name)
-        if kind == "teacher" and value.startswith("hf:"):
-            yield name, value.removeprefix("hf:"), "model"
-        elif kind in ("data", "model") and isinstance(value, list):
-            files = [source for source in value if kind == "data" or not _is_served(config, source)]
-            yield from ((f"{name}.{number}", source, kind) for number, source in enumerate(files))
-        elif kind == "data" or (kind == "model" and not _is_served(config, value)):
-            yield name, value, kind
+        if kind in ("teacher", "judge"):
+            yield from _named_by(name, value)
+            continue
+        for number, source in enumerate(value if isinstance(value, list) else [value]):
+            if kind in ("data", "model", "answers") and source is not None and not _is_served(config, source, kind):
+                option = f"{name}.{number}" if isinstance(value, list) else name
+                file = kind == "answers" and Path(source).is_file()
+                yield option, source, "data" if file or kind == "data" else "model"
 
 
-def _is_served(config: StageConfig, model: object) -> bool:
-    return isinstance(config, RemoteConfig) and isinstance(model, str) and config.is_served(model)
+def _named_by(name: str, spec: str) -> Iterator[tuple[str, str, str]]:
+    """What a teacher or judge `kind:argument` reads: a model, or the file of a user's own function."""
+    kind, _, argument = spec.partition(":")
+    if kind in ("hf", "reward") and argument:
+        yield name, argument, "model"
+    elif argument and Path(module := kind.replace(".", "/") + ".py").is_file():
+        yield name, module, "data"
+
+
+def _is_served(config: StageConfig, model: object, kind: str = "model") -> bool:
+    named = kind in ("model", "answers") and isinstance(model, str)
+    return named and isinstance(config, RemoteConfig) and config.is_served(str(model))
 
 
 def refuse_nesting(config: StageConfig) -> None:

@@ -214,10 +214,10 @@ def _refuse_unknown_inputs(recipe: Recipe, stage: str, options: Mapping[str, Any
     """`./x/...` in an input names an earlier step, or something that lies in the run directory."""
     own = own_options(STAGES[stage])
     for key in options:
-        if key not in own or own[key].metadata["kind"] not in ("data", "model", "teacher"):
+        if key not in own or own[key].metadata["kind"] not in ("data", "model", "answers", "teacher", "judge"):
             continue
         for value in options[key] if isinstance(options[key], list) else [options[key]]:
-            name = str(value).removeprefix("hf:")
+            name = str(value).removeprefix("hf:").removeprefix("reward:")
             first = name[2:].split("/")[0]
             if name.startswith("./") and first not in recipe.steps and not (recipe.run_dir / first).exists():
                 hint = trl_options.did_you_mean(first, recipe.steps)
@@ -231,8 +231,9 @@ def _resolve(value: Any, run_dir: Path) -> Any:
         return str(Path(value).expanduser())
     if isinstance(value, str) and value.startswith("./"):
         return str(run_dir / value[2:])
-    if isinstance(value, str) and value.startswith("hf:./"):
-        return "hf:" + str(run_dir / value[5:])
+    if isinstance(value, str) and value.startswith(("hf:./", "reward:./")):
+        kind, _, path = value.partition(":./")
+        return f"{kind}:{run_dir / path}"
     return value
 
 

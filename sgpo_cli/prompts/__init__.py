@@ -61,20 +61,43 @@ def improver_request(model: str, given: str | None) -> str:
 
 def teach(instructions: str, prompt: list[Message], response: str, reference: str) -> list[Message]:
     """The teacher's messages: instructions, then the material between markers no text can forge."""
-    conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-    material = {"request": conversation, "current answer": response, "reference answer": reference}
-    marker = _marker("".join(material.values()))
-    fenced = "\n\n".join(f"[{marker} {name}]\n{text}\n[{marker} end]" for name, text in material.items())
+    material = {"request": as_text(prompt), "current answer": response, "reference answer": reference}
     closing = "Now print the improved version of the current answer, and nothing else."
     return [
         {"role": "system", "content": instructions},
-        {"role": "user", "content": f"{fenced}\n\n{closing}"},
+        {"role": "user", "content": f"{_fenced(material, marker_of(material))}\n\n{closing}"},
     ]
 
 
-def _marker(text: str) -> str:
-    """A marker that does not occur in `text`; drawn from it, so that the same row gives the same request."""
+def judge(instructions: str, material: dict[str, str]) -> list[Message]:
+    """A judge's messages: instructions, then the material between markers no text can forge.
+
+    Args:
+        instructions: with `{marker}` where the judge is told how its verdict has to look; the same marker
+            makes the fence, so a verdict that stands in the material is not one.
+        material: name -> text, such as the request and the answers.
+    """
+    marker = marker_of(material)
+    closing = "Now judge, and end with the verdict line that your instructions ask for."
+    return [
+        {"role": "system", "content": instructions.replace("{marker}", marker)},
+        {"role": "user", "content": f"{_fenced(material, marker)}\n\n{closing}"},
+    ]
+
+
+def as_text(prompt: list[Message]) -> str:
+    """A conversation as one text."""
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def marker_of(material: dict[str, str]) -> str:
+    """A marker that occurs in none of the texts; drawn from them, so that the same row gives the same request."""
+    text = "".join(material.values())
     marker = text
     while marker in text:
         marker = hashlib.sha256(marker.encode()).hexdigest()[:12]
     return marker
+
+
+def _fenced(material: dict[str, str], marker: str) -> str:
+    return "\n\n".join(f"[{marker} {name}]\n{text}\n[{marker} end]" for name, text in material.items())
