@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sgpo_cli import __version__, exits, look
+from sgpo_cli import __version__, exchange, exits, look
 from sgpo_cli.configs import STAGES, FilterPplConfig, GenerateConfig, StageConfig, own_options
 from sgpo_cli.flags import (
     DebugFlag,
@@ -320,3 +320,4 @@ def status(
 
 
 app.add_typer(look.app)
+app.add_typer(exchange.app)

@@ -4,6 +4,7 @@ The improver improves the model's own sampled answer, the one it would meet in g
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ class Contestant:
     """A model or a file of answers.
 
     Args:
+        key: the name as it may stand in the name of a file.
         columns: the answers that compete, `<role>_<decoding>`.
         compared: the answers that those of others are compared with; of the baseline only.
         request: what asks its improver.
     """
 
-    number: int
+    key: str
     name: str
     source: str
     is_file: bool
@@ -52,7 +54,7 @@ class Contestant:
 
     def pass_name(self, *parts: str) -> str:
         """A name for files, whatever the model is called."""
-        return ".".join((str(self.number), re.sub(r"[^A-Za-z0-9]", "_", self.name)[:40], *parts))
+        return ".".join((self.key, *parts))
 
     def answer(self, passes: Passes, rows: Sequence[Row], config: EvaluateConfig) -> dict[str, Sequence[str]]:
         """A text per row, for each column."""
@@ -103,22 +105,27 @@ def contestants(config: EvaluateConfig) -> list[Contestant]:
     named = {_name(source): source for source in sources}
     if len(named) < len(sources):
         raise UsageError(f"models {', '.join(sources)}: two have the same name", "rename a directory")
-    return [_contestant(number, name, source, config) for number, (name, source) in enumerate(named.items())]
+    keys = {name: re.sub(r"[^A-Za-z0-9]", "_", name)[:40] for name in named}
+    taken = Counter(keys.values())
+    return [
+        _contestant(keys[name] + (str(number) if taken[keys[name]] > 1 else ""), name, source, config)
+        for number, (name, source) in enumerate(named.items())
+    ]
 
 
 def _name(source: str) -> str:
     return printable(read_answers(Path(source)).name)[:64] if is_answer_file(source) else Path(source).name
 
 
-def _contestant(number: int, name: str, source: str, config: EvaluateConfig) -> Contestant:
+def _contestant(key: str, name: str, source: str, config: EvaluateConfig) -> Contestant:
     competes, is_baseline = source in config.models, source == config.baseline
     if is_answer_file(source):
         given = (GIVEN,)
-        return Contestant(number, name, source, True, given if competes else (), given if is_baseline else ())
+        return Contestant(key, name, source, True, given if competes else (), given if is_baseline else ())
     columns = tuple(column for column in config.ALL_ANSWERS if column in config.answers)
     compared = tuple({column.replace("improver", "policy"): None for column in columns}) if is_baseline else ()
     request = prompts.improver_request(source, config.improver_prompt)
-    return Contestant(number, name, source, False, columns if competes else (), compared, request)
+    return Contestant(key, name, source, False, columns if competes else (), compared, request)
 
 
 def baseline_column(column: str, available: Sequence[str]) -> str:

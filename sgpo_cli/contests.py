@@ -15,7 +15,7 @@ from sgpo_cli.winrates import Array
 
 CODES = {"A": 1.0, "B": 0.0, "tie": 0.5, "invalid": math.nan}
 ORDERS = ("model_first", "model_second")
-MANY_INVALID, FIRST_WINS, DECIDED, SAME_ANSWER = 0.05, (0.4, 0.6), 30, 0.5  # beyond these, a note
+MANY_INVALID, FIRST_WINS, DECIDED, SAME_ANSWER, FAR = 0.05, (0.4, 0.6), 30, 0.5, 0.1  # beyond these, a note
 
 Verdicts = Mapping[str, Sequence[str | None]]
 """By order, a verdict per prompt; None where it was not asked for."""
@@ -146,6 +146,8 @@ def _notes(entry: Mapping[str, Any], contest: Contest) -> list[str]:
         notes.append(f"the answer shown first won {first:.0%} of the decided games")
     if entry["win_rate"] is not None and entry["lc_win_rate"] is None:
         notes.append("all answers differ in length by the same amount, so its effect cannot be told")
+    if entry["lc_win_rate"] is not None and abs(entry["lc_win_rate"] - entry["win_rate"]) > FAR:
+        notes.append("length-controlled and raw rate are far apart: length and verdict hardly part on these prompts")
     most = max(map(list(contest.texts).count, set(contest.texts)))
     if most > SAME_ANSWER * entry["n"] and entry["n"] > 1:
         notes.append(f"the same answer to {most} of {entry['n']} prompts; a judge can be fooled by one text")
@@ -161,20 +163,20 @@ def table(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         valid = entry["n"] - entry["invalid"]
         lines.append(
             f"{entry['name']:<16}{entry['role']:<9}{entry['decoding']:<9}"
-            f"{_percent(entry['win_rate']):>7}  {_range(entry['ci95']):<14}"
-            f"{_percent(entry['lc_win_rate']):>6}  {_range(entry['lc_ci95']):<14}"
-            f"{_percent(entry['style_controlled']):>8}{_percent(entry['ties'] / valid if valid else None):>7}"
-            f"{_percent(entry['invalid'] / entry['n']):>8}{entry['sign_test_p']:>9.2g}{entry['length']:>7.0f}"
+            f"{percent(entry['win_rate']):>7}  {percents(entry['ci95']):<14}"
+            f"{percent(entry['lc_win_rate']):>6}  {percents(entry['lc_ci95']):<14}"
+            f"{percent(entry['style_controlled']):>8}{percent(entry['ties'] / valid if valid else None):>7}"
+            f"{percent(entry['invalid'] / entry['n']):>8}{entry['sign_test_p']:>9.2g}{entry['length']:>7.0f}"
         )
         notes += [f"note: {entry['name']} {entry['role']} {entry['decoding']}: {note}" for note in entry["notes"]]
     return lines + notes
 
 
-def _percent(rate: float | None) -> str:
+def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.1f}"
 
 
-def _range(ends: Sequence[float] | None) -> str:
+def percents(ends: Sequence[float] | None) -> str:
     return "" if ends is None else f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
 
 

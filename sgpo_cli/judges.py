@@ -7,10 +7,12 @@ with the marker of its own request. Anything else is invalid: counted, never a w
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 from sgpo_cli import prompts
-from sgpo_cli.batches import Row
+from sgpo_cli.batches import Batches, Row
 from sgpo_cli.configs import EvaluateConfig
 from sgpo_cli.control_tokens import defused
 from sgpo_cli.dataset import model_tokens
@@ -18,7 +20,6 @@ from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, open_engi
 from sgpo_cli.engines.base import AsksServer
 from sgpo_cli.errors import UsageError
 from sgpo_cli.generation import Lazy, Passes, seeds_for
-from sgpo_cli.progress import RowProgress
 from sgpo_cli.score_functions import ScoreFunction, demo_rule, reward_model, users_function
 from sgpo_cli.step import Step
 
@@ -51,20 +52,15 @@ class RuleJudge:
         self._function: ScoreFunction | None = None
 
     def score(self, passes: Passes, name: str, rows: Sequence[Row]) -> Scores:
-        journal, scores = self._step.journal(name=name), list[float | None]()
-        numbers = range(-(-len(rows) // self._size))
-        done = sum(number in journal for number in numbers) * self._size
-        try:
-            with RowProgress(f"{self._step.request.stage}, {name}", len(rows), min(done, len(rows))) as progress:
-                for number in numbers:
-                    if number not in journal:
-                        batch = rows[number * self._size : (number + 1) * self._size]
-                        journal.append(number, {"scores": self._scores(batch)})
-                        progress.advance(len(batch))
-                    scores += journal.read(number)["scores"]
-        finally:
-            journal.close()
-        return scores
+        size = self._size
+
+        def do(number: int) -> dict[str, Any]:
+            return {"scores": self._scores(rows[number * size : (number + 1) * size]), "stats": {}}
+
+        with closing(Batches(self._step, name, len(rows), size, do)) as batches:
+            batches.work(f"{self._step.request.stage}, {name}")
+            records = [batches.record(number)["scores"] for number in range(-(-len(rows) // size))]
+        return list(chain.from_iterable(records))
 
     def _scores(self, batch: Sequence[Row]) -> list[float | None]:
         if self._function is None:

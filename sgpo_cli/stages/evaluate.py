@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from sgpo_cli import prompts
 from sgpo_cli.artifacts import DATA_FILES, sha256_json, write_atomically, write_lines
 from sgpo_cli.batches import Row, derive_seed
 from sgpo_cli.configs import EvaluateConfig
@@ -59,7 +60,7 @@ def run(config: EvaluateConfig, step: Step) -> None:
         if isinstance(judge, LanguageModelJudge):
             write_lines(step.directory / "judgments.jsonl", chain.from_iterable(judge.judgments))
             outputs.append("judgments.jsonl")
-        facts = {"judge": _judge_facts(config), "report": [*report, *_capability_lines(entrants, config)]}
+        facts = {"judge": _judge_facts(lineup, config), "report": [*report, *_capability_lines(entrants, config)]}
         step.finish(outputs, {**counts, **passes.stats, **facts})
 
 
@@ -195,10 +196,10 @@ def _against_baseline(lineup: list[Judged], config: EvaluateConfig) -> list[Any]
     return contests
 
 
-def _judge_facts(config: EvaluateConfig) -> dict[str, Any]:
-    from sgpo_cli import prompts
-
+def _judge_facts(lineup: list[Judged], config: EvaluateConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {"judge": config.judge, "mode": config.judge_mode}
+    if baseline := next((each.who.name for each in lineup if each.who.source == config.baseline), None):
+        facts["baseline"] = baseline
     if config.judge_prompt:
         facts |= {"prompt_sha256": sha256_json(prompts.load(config.judge_prompt))}
     return facts | ({"orders": config.judge_orders} if config.judge_mode == "pairwise" else {})
