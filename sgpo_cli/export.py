@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,11 @@ class Evaluation:
             yield asked
 
     @property
+    def judge_file(self) -> str:
+        """The judge's name, for a directory."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.judge)[-64:]
+
+    @property
     def rivals(self) -> list[str]:
         """Models that have met the baseline."""
         return [name for name in self.models if self.baseline not in (None, name)]
@@ -89,13 +95,14 @@ def export(directory: Path, form: Format, output: Path, answer: str, category: s
     evaluation = Evaluation(directory, answer)
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"{output}: is not empty", "choose another --output-dir")
-    for name in (*evaluation.models, evaluation.judge.replace("/", "_")):
+    for name in (*evaluation.models, evaluation.judge_file):
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise UsageError(f"{name!r} is no name for a file", "rename the model")
     return list((_alpaca_eval if form == "alpaca-eval" else _arena_hard)(evaluation, output, category))
 
 
 def _alpaca_eval(evaluation: Evaluation, output: Path, category: str) -> Iterator[Path]:
+    # As alpaca_eval's own results: <model>/model_outputs.json and <model>/<annotator>/annotations.json.
     for name, rows in evaluation.models.items():
         path = output / name / "model_outputs.json"
         pairs = zip(rows, evaluation.texts(name), strict=True)
@@ -103,7 +110,7 @@ def _alpaca_eval(evaluation: Evaluation, output: Path, category: str) -> Iterato
         yield path
     for name in evaluation.rivals:
         assert evaluation.baseline is not None
-        path = output / name / "annotations.json"
+        path = output / name / evaluation.judge_file / "annotations.json"
         columns = evaluation.texts(name), evaluation.texts(evaluation.baseline), evaluation.preferences(name)
         judged = zip(evaluation.models[name], *columns, strict=True)
         annotations = interchange.alpaca_annotations(judged, name, evaluation.baseline, evaluation.judge)
@@ -123,9 +130,8 @@ def _arena_hard(evaluation: Evaluation, output: Path, category: str) -> Iterator
         yield path
     for name in evaluation.rivals:
         assert evaluation.baseline is not None
-        judge = evaluation.judge.replace("/", "_")
-        path = data / "model_judgment" / judge / f"{name}.jsonl"
-        facts = (name, evaluation.baseline, judge, category)
+        path = data / "model_judgment" / evaluation.judge_file / f"{name}.jsonl"
+        facts = (name, evaluation.baseline, evaluation.judge_file, category)
         judged = zip(evaluation.models[name], evaluation.verdicts(name), strict=True)
         interchange.write_json_lines(
             path, (interchange.arena_judgment(row, *facts, verdicts) for row, verdicts in judged)

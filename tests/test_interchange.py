@@ -54,7 +54,7 @@ class TestAlpacaEval:
         outputs = json.loads((judged / "out" / "mine" / "model_outputs.json").read_text())
         assert [sorted(row) for row in outputs] == [["dataset", "generator", "instruction", "output"]] * 60
         assert outputs[1]["instruction"] == "Tell me of thing number 1, please."
-        annotations = json.loads((judged / "out" / "mine" / "annotations.json").read_text())
+        annotations = json.loads((judged / "out" / "mine" / "rule_goods" / "annotations.json").read_text())
         assert {row["generator_1"] for row in annotations} == {"base"}
         assert [row["preference"] for row in annotations[:3]] == [1, 1.5, 2]
         ours = json.loads((judged / "scores" / "metrics.json").read_text())["win_rates"][0]
@@ -62,7 +62,13 @@ class TestAlpacaEval:
 
     def test_annotations_that_we_wrote_give_the_same_table(self, judged: Path, sgpo: Sgpo) -> None:
         sgpo("export", "scores", "--format", "alpaca-eval", "--output-dir", "out")
-        result = sgpo("win-rates", "out/mine/annotations.json", "out/worse/annotations.json", "--output", "w.json")
+        result = sgpo(
+            "win-rates",
+            "out/mine/rule_goods/annotations.json",
+            "out/worse/rule_goods/annotations.json",
+            "--output",
+            "w.json",
+        )
         assert result.returncode == 0, result.stderr
         ours = json.loads((judged / "scores" / "metrics.json").read_text())["win_rates"]
         read = json.loads((judged / "w.json").read_text())["win_rates"]
@@ -120,13 +126,13 @@ class TestArenaHard:
         assert answers[0]["messages"][-1] == {"role": "assistant", "content": {"answer": "## Base\ngood answer"}}
         assert list(answers[0]["metadata"]) == ["token_len", "header_count", "list_count", "bold_count"]
         assert answers[0]["metadata"]["header_count"]["h2"] == 1
-        games = [row["games"] for row in read_lines(data / "model_judgment" / "rule:goods" / "mine.jsonl")]
+        games = [row["games"] for row in read_lines(data / "model_judgment" / "rule_goods" / "mine.jsonl")]
         assert [[game["score"] for game in pair] for pair in games[:3]] == [
             ["A>B", "B>A"],  # the baseline is A in the first game
             ["A=B", "A=B"],
             ["B>A", "A>B"],
         ]
-        command = ["win-rates", data / "model_judgment" / "rule:goods" / "mine.jsonl"]
+        command = ["win-rates", data / "model_judgment" / "rule_goods" / "mine.jsonl"]
         result = sgpo(*command, "--model-answers", data / "model_answer")
         assert result.returncode == 0, result.stderr
         assert "50.0" in result.stdout
