@@ -49,7 +49,14 @@ def start(world: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
     def run(*arguments: object) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sgpo_cli", *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command,
+            cwd=world,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Tests that a shell runs in the background (`make test &`) inherit an ignored SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         started.append(process)
         return process
 

@@ -15,7 +15,7 @@ fi
 if [ "${SLURM_NNODES:-1}" -eq 1 ]; then
   exec accelerate launch --config_file "$config" --num_processes "$gpus" "$@"
 fi
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export CONFIG=$config HEAD_NODE=$head GPUS=$gpus
 # One launcher per node; a rank that is lost ends all of them.
 # shellcheck disable=SC2016  # the variables are those of each node
