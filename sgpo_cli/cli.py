@@ -11,15 +11,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sgpo_cli import __version__, exchange, exits, look
-from sgpo_cli.configs import STAGES, FilterPplConfig, GenerateConfig, StageConfig, own_options
+from sgpo_cli import __version__, exchange, exits, look, one_stage
+from sgpo_cli.configs import STAGES, StageConfig, own_options
 from sgpo_cli.flags import (
     DebugFlag,
     DryRunFlag,
@@ -126,9 +125,9 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
                 values[config.POSITIONAL] = ctx.args.pop(0)
             built = _config(stage, recipe, step, run_dir, values | trailing_options(ctx.args))
             if dry_run:
-                _dry_run(stage, built)
+                one_stage.dry_run(stage, built)
             else:
-                run_stage(stage, built, fresh=fresh)
+                one_stage.run(stage, built, fresh=fresh)
 
     own = [_flag(field) for field in own_options(config).values()]
     left_out = () if config.DRY_RUN else ("dry_run",)
@@ -180,53 +179,6 @@ def trailing_options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def run_stage(stage: str, config: StageConfig, *, fresh: bool) -> None:
-    """Run one step, unless it is up to date."""
-    import importlib
-
-    from sgpo_cli import artifacts, identity
-    from sgpo_cli.errors import UsageError
-    from sgpo_cli.ranks import Rank, SharedWorkDone, this_rank
-    from sgpo_cli.step import Step
-
-    rank = this_rank()
-    shared = isinstance(config, GenerateConfig | FilterPplConfig)
-    if not rank.is_main and not shared and not config.TRAINER:
-        return
-    if rank.count > 1 and fresh and shared:
-        raise UsageError(
-            "--fresh: which of several processes should move the old output aside?", "move or remove it beforehand"
-        )
-    main_process = rank.is_main
-    identity.refuse_nesting(config)
-    # A trainer's processes agree among themselves, and one of them keeps the step.
-    share = rank if shared else Rank()
-    step = Step(config.output_dir, identity.request_of(stage, config), fresh=fresh, rank=share)
-    if step.is_complete():
-        typer.echo(f"{config.output_dir}: up to date")
-        return
-    if main_process:
-        identity.check_inputs(config)
-    module = importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}")
-    with suppress(SharedWorkDone):
-        module.run(config, step)
-    manifest = artifacts.read_manifest(step.directory) if main_process else None
-    if manifest is not None:  # a step may stop on purpose before its end
-        _print_summary(Path(config.output_dir), manifest)
-
-
-def _dry_run(stage: str, config: StageConfig) -> None:
-    """Print what a step would do; reads its inputs, sends and writes nothing."""
-    import importlib
-
-    from sgpo_cli import identity
-
-    identity.request_of(stage, config)
-    identity.check_inputs(config)
-    for line in importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}").dry_run(config):
-        typer.echo(line)
-
-
 def _config(
     stage: str, recipe_path: Path | None, step_name: str | None, run_dir: Path | None, flags: dict[str, Any]
 ) -> StageConfig:
@@ -256,14 +208,6 @@ def _parsed(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag}: not valid JSON ({error})", f"""for example {flag} '{{"a": 1}}'""") from None
     return flags
-
-
-def _print_summary(directory: Path, manifest: dict[str, Any]) -> None:
-    dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.get("rejected", {}).items())
-    rows = f"{manifest['rows_out']} of {manifest['rows_in']} rows" if "rows_in" in manifest else "done"
-    typer.echo(f"{directory}: {rows}{f' (rejected: {dropped})' if dropped else ''}, {manifest['seconds']:.1f} s")
-    for line in manifest.get("report", []):
-        typer.echo(line)
 
 
 def _configure_logging(verbose: bool) -> None:
