@@ -1,6 +1,5 @@
 """The command line: fast help, every option documented, mistakes answered with a suggestion."""
 
-import statistics
 import subprocess
 import sys
 import time
@@ -28,8 +27,9 @@ def test_help_is_fast(sgpo: Sgpo, arguments: list[str], limit: float) -> None:
         started = time.monotonic()
         assert sgpo(*arguments).returncode == 0
         seconds.append(time.monotonic() - started)
-    # A machine that is busy with other things gets twice the time; what is guarded is an import of torch.
-    assert statistics.median(seconds) < 2 * limit
+    # A machine that is busy with other things gets twice the time, and the best of five counts; what is guarded is an
+    # import of torch.
+    assert min(seconds) < 2 * limit
 
 
 @pytest.mark.parametrize("stage", STAGES)
