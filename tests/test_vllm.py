@@ -205,3 +205,21 @@ class TestServer:
             ]
         assert [each.choices[0].message.content for each in made] == [each.text for each in theirs]
         assert [each.choices[0].finish_reason for each in made] == [each.finish_reason for each in theirs]
+
+    def test_pairs_and_targets_come_from_it_as_from_the_local_model(
+        self, demo: Path, vllm_server: Server, tmp_path: Path
+    ) -> None:
+        model, world = demo / "runs/demo/m0", demo / "runs/demo/world"
+        pairs = ("gen-pairs", "--dataset", world / "prompts", "--temperature", 0, "--max-new-tokens", 60)
+        remote = ("--engine", "openai", "--base-url", vllm_server.url, "--policy", vllm_server.model)
+        for name, more in (("remote", remote), ("local", ("--policy", model, "--dtype", "float32"))):
+            result = run(tmp_path, *pairs, *more, "--max-length-ratio", 50, "--output-dir", name)
+            assert result.returncode == 0, result.stderr
+        assert read_lines(tmp_path / "remote/train.jsonl") == read_lines(tmp_path / "local/train.jsonl")
+        targets = ("make-targets", "--policy", model, "--dataset", world / "sft", "--max-rows", 40, "--gates", "none")
+        teacher = ("--teacher", f"openai:{vllm_server.model}", "--teacher-base-url", vllm_server.url)
+        (tmp_path / "short.txt").write_text("Improve the answer.")  # our own is too long for this server's context
+        limits = ("--max-new-tokens", 60, "--teacher-max-new-tokens", 40, "--teacher-prompt", "short.txt")
+        result = run(tmp_path, *targets, *teacher, *limits, "--output-dir", "targets")
+        assert result.returncode in (0, 3), result.stderr  # a tiny teacher may never come to an end
+        assert len((tmp_path / "targets/paid/rank-0000.jsonl").read_text().splitlines()) == 40

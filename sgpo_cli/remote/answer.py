@@ -189,6 +189,8 @@ def _refusal(status: int, headers: Mapping[str, str], body: Any, content: bytes)
 
 def hint_for(message: str) -> str:
     """What to change when a server refuses every request as malformed."""
+    if CONTEXT.search(message):
+        return "the prompts do not fit: a shorter --teacher-prompt, or a server with a longer context"
     if RENAMED.search(message):
         return "pass --max-tokens-field max_completion_tokens"
     if UNSUPPORTED.search(message):
