@@ -9,6 +9,7 @@ trained models on held-out rows, computed in one place for all. Writes `benchmar
 """
 
 import argparse
+import json
 import math
 import os
 import resource
@@ -177,13 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--work", type=Path, default=Path("runs/bench-training"))
     arguments = parser.parse_args()
     work = arguments.work
     prepare(work, arguments.rows)
     held_out = make_rows(arguments.rows + HELD_OUT)[-HELD_OUT:]
-    results: dict[str, Any] = {}
-    for stage in STAGES:
+    before = machine.HERE / "training.json"
+    results: dict[str, Any] = json.loads(before.read_text())["stages"] if before.exists() else {}
+    for stage in arguments.stages:
         clock: dict[str, list[float]] = {who: [] for who in RUNS}
         processor: dict[str, list[float]] = {who: [] for who in RUNS}
         losses: dict[str, float] = {}
