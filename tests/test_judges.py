@@ -350,32 +350,43 @@ class TestOwnFunction:
             step.is_complete()
 
 
+PAIR = {"judge": "hf:model", "judge_mode": "pairwise"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--judge demo --judge-mode pairwise --baseline b.jsonl", "it does not compare them"),
-        ("--judge hf:model --judge-mode pairwise", "needs a --baseline"),
-        ("--judge hf:model --judge-prompt own.txt", "VERDICT {marker}"),
-        ("--judge hf:nowhere", "nowhere: no such file or directory"),
-        ("--judge reward:nowhere", "nowhere: no such file or directory"),
-        ("--judge x:", "no judge 'x:'"),
-        ("--judge demo --baseline nowhere", "nowhere: no such file or directory"),
-        ("--judge hf:model --baseline short.jsonl", "no answer to 59 rows, such as p1"),
-        ("--judge demo --baseline odd.jsonl", "entry 1: no answer in it"),
-        ("--judge demo --answers policy_gready", "policy_gready"),
-        ("--judge demo --lc-official b.jsonl --baseline b.jsonl", "not AlpacaEval's"),
+        ({"judge_mode": "pairwise", "baseline": "base.jsonl"}, "it does not compare them"),
+        (PAIR, "needs a --baseline"),
+        ({"judge": "hf:model", "judge_prompt": "own.txt"}, "VERDICT {marker}"),
+        ({"judge": "hf:nowhere"}, "nowhere: no such file or directory"),
+        ({"judge": "reward:nowhere"}, "nowhere: no such file or directory"),
+        ({"judge": "x:"}, "no judge 'x:'"),
+        ({"baseline": "nowhere"}, "nowhere: no such file or directory"),
+        ({"judge": "hf:model", "baseline": "short.jsonl"}, "no answer to 59 rows, such as p1"),
+        ({"baseline": "odd.jsonl"}, "entry 1: no answer in it"),
+        ({"answers": ["policy_gready"]}, "policy_gready"),
+        ({"lc_official": "base.jsonl", "baseline": "base.jsonl"}, "not AlpacaEval's"),
     ],
 )
-def test_mistakes_end_with_exit_2_and_nothing_written(world: Path, sgpo: Sgpo, options: str, message: str) -> None:
+def test_mistakes_are_refused_and_nothing_is_written(
+    world: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(world)
     (world / "own.txt").write_text("Say who is better.")
     answer_files(world, str, str)
-    (world / "base.jsonl").rename(world / "b.jsonl")
     write_lines(world / "short.jsonl", [{"id": "p0", "response": "x"}])
     write_lines(world / "odd.jsonl", [{"id": "p0", "text": "x"}])
-    common = "evaluate --models mine.jsonl --dataset prompts.jsonl --output-dir o"
-    result = sgpo(*common.split(), *options.split())
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
+    with pytest.raises(UsageError, match=re.escape(message)):
+        run(world, **({"models": ["mine.jsonl"]} | options))
+    assert not (world / "scores").exists()
+
+
+def test_a_wrong_judge_ends_with_exit_2(world: Path, sgpo: Sgpo) -> None:
+    answer_files(world, str, str)
+    command = "evaluate --models mine.jsonl --dataset prompts.jsonl --output-dir o --judge no_such:thing"
+    result = sgpo(*command.split())
+    assert (result.returncode, "no module no_such" in result.stderr) == (2, True)
     assert "Traceback" not in result.stderr
     assert not (world / "o").exists()
 

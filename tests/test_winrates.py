@@ -222,3 +222,6 @@ def test_the_committed_coverage_keeps_the_promise() -> None:
     assert 0.93 <= figures["raw"]["coverage"] <= 0.97
     assert 0.93 <= figures["length_controlled"]["coverage"] <= 0.97
     assert abs(figures["length_controlled"]["mean_error_points"]) < 1
+    readme = (ROOT / "README.md").read_text()
+    for name in ("raw", "length_controlled"):
+        assert f"{100 * figures[name]['coverage']:.1f} %" in readme
