@@ -3,7 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +391,58 @@ def test_a_wrong_judge_ends_with_exit_2(world: Path, sgpo: Sgpo) -> None:
     assert (result.returncode, "no module no_such" in result.stderr) == (2, True)
     assert "Traceback" not in result.stderr
     assert not (world / "o").exists()
+
+
+@pytest.fixture
+def judge_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A chat completions server that judges as `longer` does; its address, and what it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            text = FakeJudge(longer)._one(asked[-1]["messages"])
+            message = {"role": "assistant", "content": text}
+            body = {"id": "x", "object": "chat.completion", "created": 1, "model": "judge"}
+            body |= {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+            body |= {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
+            content = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # the standard 5 resets connections of a busy client
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_judge_behind_an_api_is_asked_once_for_each_order_and_counted(
+    world: Path, judge_server: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, asked = judge_server
+    options = answer_files(world, lambda n: "good " * (n % 3), lambda n: "good x")
+    options |= {"judge": "openai:judge", "judge_base_url": url, "judge_api_key_env": ""}
+    found = run(world, **options, price={"input": 1000, "output": 1000}, batch_size=7)["win_rates"][0]
+    assert (found["wins"], found["losses"], found["ties"], found["invalid"]) == (20, 20, 20, 0)
+    assert len(asked) == 120
+    assert all(body["model"] == "judge" and body["temperature"] == 0 for body in asked)
+    facts = (artifacts.read_manifest(world / "scores") or {})["judge"]
+    assert (facts["requests"], facts["prompt_tokens"], facts["failed"]) == (120, 1200, 0)
+    assert facts["cost"] == pytest.approx(120 * 15 / 1000)  # 1 000 per million tokens
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,10 @@ def run(config: EvaluateConfig, step: Step) -> None:
         if isinstance(judge, LanguageModelJudge):
             write_lines(step.directory / "judgments.jsonl", chain.from_iterable(judge.judgments))
             outputs.append("judgments.jsonl")
-        facts = {"judge": _judge_facts(lineup, config), "report": [*report, *_capability_lines(entrants, config)]}
-        step.finish(outputs, {**counts, **passes.stats, **facts})
+        local, served = _bills(passes.stats)
+        facts = {"judge": {**_judge_facts(lineup, config), **served.pop("judge", {})}, **served}
+        report += _capability_lines(entrants, config)
+        step.finish(outputs, {**counts, **local, **facts, "report": report})
 
 
 def _official(config: EvaluateConfig, prompts: int) -> Any:
@@ -194,6 +196,24 @@ def _against_baseline(lineup: list[Judged], config: EvaluateConfig) -> list[Any]
         texts = each.texts[column], baseline.texts[other]
         contests.append(Contest(each.who.name, role, decoding, baseline.who.name, *texts, preferences, verdicts))
     return contests
+
+
+def _bills(stats: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What local passes took, and what servers were asked: for the answers, and for the judgments.
+
+    The cost that a pass tells is that of the whole step so far, so it is told once.
+    """
+    local = {name: value for name, value in stats.items() if not isinstance(value, dict)}
+    served: dict[str, dict[str, Any]] = {}
+    for name, facts in stats.items():
+        if name in local:
+            continue
+        side = served.setdefault("judge" if ".judge." in name else "answers", {"url": facts["url"]})
+        for count in ("prompt_tokens", "completion_tokens", "requests", "reused", "failed"):
+            side[count] = side.get(count, 0) + facts[count]
+    if costs := [facts["cost"] for facts in stats.values() if isinstance(facts, dict) and "cost" in facts]:
+        list(served.values())[-1]["cost"] = max(costs)
+    return local, served
 
 
 def _judge_facts(lineup: list[Judged], config: EvaluateConfig) -> dict[str, Any]:
