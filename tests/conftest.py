@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run(
-    directory: Path, *arguments: object, python: str = sys.executable, **environment: str
+    directory: Path, *arguments: object, python: str = sys.executable, timeout: float = 280, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [python, "-m", "sgpo_cli", *map(str, arguments)],
@@ -73,7 +73,7 @@ def run(
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
     )
 
 

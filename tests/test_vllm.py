@@ -62,6 +62,7 @@ def gen_pairs(directory: Path, output: Path, python: str, *options: object, **en
         directory,
         *("gen-pairs", "--recipe", "demo.yaml", *own, *options, "--output-dir", output),
         python=python,
+        timeout=800,
         PYTHONPATH=str(ROOT),
     )
     assert result.returncode == 0, result.stderr
@@ -75,7 +76,9 @@ def share_equal(one: Texts, other: Texts) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # with the fixtures: a demo run, an adapter, a server
+@pytest.mark.timeout(
+    2400
+)  # with the fixtures: a demo run, an adapter, a server; vLLM starts in 15 s, but not on a busy machine
 class TestOffline:
     @pytest.mark.parametrize("kind", ["model", "adapter"])
     def test_greedy_texts_are_those_of_the_transformers_engine(
@@ -132,7 +135,7 @@ class TestOffline:
         ):
             output = tmp_path / step
             command = [stage, "--recipe", "demo.yaml", *engine, *options, "--output-dir", output]
-            result = run(demo, *command, python=vllm_python, PYTHONPATH=str(ROOT))
+            result = run(demo, *command, python=vllm_python, timeout=800, PYTHONPATH=str(ROOT))
             assert result.returncode == 0, result.stderr
             assert "INFO" not in result.stdout + result.stderr
             manifest = json.loads((output / "manifest.json").read_text())
@@ -145,7 +148,7 @@ class TestOffline:
         step |= {"engine": "vllm", "engine_options": CPU_OPTIONS, "launch": vllm_python}
         recipe = demo / "two-environments.yaml"
         recipe.write_text((demo / "demo.yaml").read_text() + f"  elsewhere: {json.dumps(step)}\n")
-        result = run(demo, "run", recipe.name, PYTHONPATH=str(ROOT))
+        result = run(demo, "run", recipe.name, timeout=800, PYTHONPATH=str(ROOT))
         assert result.returncode == 0, result.stderr
         manifest = json.loads((demo / "runs/demo/elsewhere/manifest.json").read_text())
         assert manifest["versions"]["vllm"]
@@ -182,7 +185,9 @@ class TestOffline:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # with the fixtures: a demo run, an adapter, a server
+@pytest.mark.timeout(
+    2400
+)  # with the fixtures: a demo run, an adapter, a server; vLLM starts in 15 s, but not on a busy machine
 class TestServer:
     @pytest.mark.parametrize("kind", ["model", "adapter"])
     def test_it_answers_as_the_transformers_engine_does(
