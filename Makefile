@@ -32,7 +32,7 @@ test: $(STAMP) ## all tests but the slow ones
 	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: $(STAMP) ## all tests
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## rules (with the import border), format, types; changes nothing
 	$(BIN)/python -m ruff check .
