@@ -111,10 +111,15 @@ class Manifest(Request):
     report: list[str] = []
 
     def total(self, name: str) -> float | None:
-        """`cost` or a number of tokens, of this step and its passes with remote models; None if none has it."""
+        """`cost` or a number of tokens, of this step and its passes with remote models; None if none has it.
+
+        Each pass tells the cost of the whole step so far, so the highest counts.
+        """
         places = [vars(self), *((self.model_extra or {}).values())]
         found = [place[name] for place in places if isinstance(place, dict) and finite(place.get(name))]
-        return sum(found) if found else None
+        if not found:
+            return None
+        return max(found) if name == "cost" else sum(found)
 
 
 class Score(Part):
