@@ -116,7 +116,7 @@ class Manifest(Request):
         Each pass tells the cost of the whole step so far, so the highest counts.
         """
         places = [vars(self), *((self.model_extra or {}).values())]
-        found = [place[name] for place in places if isinstance(place, dict) and finite(place.get(name))]
+        found: list[float] = [place[name] for place in places if isinstance(place, dict) and finite(place.get(name))]
         if not found:
             return None
         return max(found) if name == "cost" else sum(found)
