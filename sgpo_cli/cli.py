@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from sgpo_cli import __version__, exchange, exits, look, one_stage
-from sgpo_cli.configs import STAGES, StageConfig, own_options
+from sgpo_cli.configs import STAGES
 from sgpo_cli.flags import (
     DebugFlag,
     DryRunFlag,
@@ -29,6 +29,7 @@ from sgpo_cli.flags import (
     StepFlag,
     VerboseFlag,
 )
+from sgpo_cli.options import StageConfig, own_options
 from sgpo_cli.remote.secret import guard_streams
 
 PASS_THROUGH = {

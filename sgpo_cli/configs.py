@@ -1,166 +1,28 @@
 """Every option that is ours, declared once: one dataclass per stage, one field per flag and recipe key.
 
 `cli.py` builds the flags from the fields, `recipe.py` checks recipes against them, and the request of a
-step (`artifacts.Request`) is made of their values. Options of TRL's trainers are not listed here: they
-pass through (`trl_options.py`).
+step (`artifacts.Request`) is made of their values. What stages share is in `options.py`. Options of TRL's
+trainers are not listed: they pass through (`trl_options.py`).
 """
 
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt
 
-Count = Annotated[int, Gt(0)]
-WorldSize = Annotated[int, Gt(0), Le(100_000)]  # the world has about a million different letters
-Seed = Annotated[int, Ge(0), Lt(2**32)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Share = Annotated[float, Ge(0), Le(1)]
-Temperature = Annotated[float, Ge(0), Le(10)]
-TopP = Annotated[float, Gt(0), Le(1)]
-Rate = Annotated[float, Gt(0)]
-
-TRAINER_KEY = "trainer"  # the field that holds options for TRL
-
-
-def option(help: str, default: Any = MISSING, *, kind: str = "value") -> Any:
-    """A field with its help text.
-
-    Args:
-        kind: how it enters the request of a step. "value": as it is. "data", "model": the digest of what
-            it names. "answers": the same, of a model or a file of its answers. "teacher", "judge": the digest of
-            the model or file it names, if any. "prompt": the prompt's text.
-            "url": the address without credentials and query.
-            "guard": not at all, because it can stop a run but never change its output.
-    """
-    metadata = {"help": help, "kind": kind}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(kw_only=True)
-class StageConfig:
-    """What every stage has."""
-
-    VERSION: ClassVar[int] = 1  # raised by hand when the same request would give another output
-    TRAINER: ClassVar[str] = ""  # which of TRL's trainers takes further options: "sft", "dpo" or none
-    POSITIONAL: ClassVar[str] = ""  # the option that may also be given without its flag
-    DRY_RUN: ClassVar[bool] = False  # whether the stage's module can say beforehand what it would do and cost
-
-    output_dir: str = option("Directory to write; a step has exactly one.", kind="guard")
-    seed: Seed = option("Seed of everything random in this step.", 42)
-
-
-@dataclass(kw_only=True)
-class DataConfig(StageConfig):
-    """A stage that reads rows."""
-
-    dataset: str = option("A step's directory, a JSONL, JSON, CSV or Parquet file, or a Hub name.", kind="data")
-    split: str = option("Split to read when the dataset comes from the Hub.", "train")
-    prompt_column: str | None = option("Your name for the column `prompt`.", None)
-    completion_column: str | None = option("Your name for the column with the reference answer.", None)
-    messages_column: str | None = option("Your name for the column `messages`.", None)
-    id_column: str | None = option("Your name for the column `id`.", None)
-    max_rows: Count | None = option("Use only the first rows of the dataset.", None)
-    on_bad_row: Literal["stop", "reject"] = option(
-        "What a malformed row does: stop everything, or be set aside in rejects.jsonl.", "stop"
-    )
-    control_tokens: Literal["reject", "keep"] = option(
-        "Text that holds a control token of the model, such as <|im_end|>: a bad row, or kept.", "reject"
-    )
-    max_reject_share: Share = option(
-        "With --on-bad-row reject: stop when more than this share is bad.", 0.01, kind="guard"
-    )
-
-
-@dataclass(kw_only=True)
-class GenerateConfig(DataConfig):
-    """A stage that generates texts."""
-
-    VERSION: ClassVar[int] = 2  # 2: a seed per row instead of one per batch
-
-    engine: str = option(
-        "What generates: transformers, vllm (in an environment of its own), openai (servers, see --base-url), or "
-        "echo (no model; for tests).",
-        "transformers",
-    )
-    engine_options: dict[str, Any] = option(
-        "For vllm: arguments of its engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.8}.", {}
-    )
-    batch_size: Count = option("Rows per batch; a batch is the unit of work that a stop can cost.", 64)
-    max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)
-    temperature: Temperature = option("Sampling temperature of the policy; 0 is greedy.", 1.0)
-    top_p: TopP = option("Nucleus sampling of the policy.", 1.0)
-    dtype: Dtype = option("Number format of a local model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
-    chat_template_kwargs: dict[str, Any] = option(
-        "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",
-        {},
-    )
-
-
-@dataclass(kw_only=True)
-class RemoteConfig(GenerateConfig):
-    """A stage that can ask servers."""
-
-    base_url: str | None = option(
-        "For --engine openai: address of the server, or of several with commas between.", None, kind="guard"
-    )
-    api_key_env: str = option("Environment variable with its API key; '' for none.", "OPENAI_API_KEY", kind="guard")
-    api_key_file: str | None = option("File that holds its API key, instead.", None, kind="guard")
-    allow_insecure: bool = option("Send an API key over plain http, also to other machines.", False, kind="guard")
-    concurrency: Count = option(
-        "Requests at a time, to each server; fewer while the server says it is too many.", 32, kind="guard"
-    )
-    requests_per_minute: Rate | None = option("Send no more requests than this.", None, kind="guard")
-    tokens_per_minute: Rate | None = option("Use no more tokens than this, in and out.", None, kind="guard")
-    request_timeout: Rate = option("Seconds for one call, all in all.", 300.0, kind="guard")
-    max_attempts: Count = option("Tries for one row; then it counts as failed.", 8, kind="guard")
-    max_wait: Rate = option("Longest wait, in seconds, that a server may ask for.", 600.0, kind="guard")
-    max_outage: Rate = option("Stop when nothing has worked for so many seconds.", 60.0, kind="guard")
-    max_failed: Annotated[int, Ge(0)] = option(
-        "Failed rows to accept; with more, the step stays open and another run asks for them again.",
-        0,
-        kind="guard",
-    )
-    price: dict[str, Any] = option(
-        'Price per million tokens, such as {"input": 2.5, "output": 10}; also cached_input, and batch (a factor).',
-        {},
-        kind="guard",
-    )
-    max_cost: Rate | None = option("Stop before the step costs more, over all its runs.", None, kind="guard")
-    max_tokens: Count | None = option("Stop before the step uses more tokens, over all its runs.", None, kind="guard")
-    max_tokens_field: str = option("What the server calls the limit on new tokens.", "max_tokens")
-    reasoning_effort: str | None = option("For reasoning models: low, medium, high ...", None)
-    thinking: Literal["strip", "keep"] = option("What to do with <think>...</think> in an answer.", "strip")
-    extra_body: dict[str, Any] = option("Further fields for the request's body.", {})
-    drop_params: list[str] = option("Fields that the server does not take, such as temperature; repeat the flag.", [])
-
-    def is_served(self, model: str) -> bool:
-        """Whether a model is a name that a server knows, rather than something that can be read here."""
-        return self.engine == "openai" and not Path(model).exists()
-
-
-@dataclass(kw_only=True)
-class TrainConfig(DataConfig):
-    """A stage that trains through TRL; any field of TRL's configs is an option too."""
-
-    DRY_RUN: ClassVar[bool] = True
-
-    model_name_or_path: str = option("The model to start from: a step, a model directory or a Hub name.", kind="model")
-    chat_template_kwargs: dict[str, Any] = option(
-        "Settings for the chat template, such as {enable_thinking: false}; keep them the same in every step.",
-        {},
-    )
-    max_truncated_share: Share = option(
-        "Refuse to train when more than this share of rows is cut or dropped at max_length.",
-        0.05,
-        kind="guard",
-    )
-    global_batch_size: Count | None = option(
-        "Rows per optimizer step, over all processes: the same optimisation on 1, 8 or 32 GPUs.", None
-    )
-    trainer: dict[str, Any] = option("Options for TRL's trainer.", {})
+from sgpo_cli.options import (
+    Count,
+    DataConfig,
+    Dtype,
+    RemoteConfig,
+    Share,
+    StageConfig,
+    Temperature,
+    TopP,
+    TrainConfig,
+    WorldSize,
+    option,
+)
 
 
 @dataclass(kw_only=True)
@@ -360,8 +222,3 @@ STAGES: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
 }
 """The subcommands; the module of a stage is `sgpo_cli.stages.<name with underscores>`."""
-
-
-def own_options(config: type[StageConfig]) -> dict[str, Any]:
-    """The fields of a stage's config that are flags, by name."""
-    return {entry.name: entry for entry in fields(config) if entry.name != TRAINER_KEY}

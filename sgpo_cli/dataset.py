@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sgpo_cli.configs import DataConfig, RemoteConfig
 from sgpo_cli.control_tokens import added_tokens, control_tokens
 from sgpo_cli.errors import UsageError
+from sgpo_cli.options import DataConfig, RemoteConfig
 from sgpo_cli.rows import Columns, Rows, read_rows
 from sgpo_cli.step import Outcome
 

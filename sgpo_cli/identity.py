@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_cli import artifacts, prompts
-from sgpo_cli.configs import RemoteConfig, StageConfig, own_options
 from sgpo_cli.errors import UsageError
+from sgpo_cli.options import RemoteConfig, StageConfig, own_options
 from sgpo_cli.remote.endpoint import clean_url
 from sgpo_cli.step import Request
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_cli.artifacts import read_manifest, step_of, versions
-from sgpo_cli.configs import TrainConfig
+from sgpo_cli.options import TrainConfig
 
 CITATION = """\
 ```bibtex

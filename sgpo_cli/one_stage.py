@@ -7,7 +7,8 @@ from typing import Any
 
 import typer
 
-from sgpo_cli.configs import FilterPplConfig, GenerateConfig, StageConfig
+from sgpo_cli.configs import FilterPplConfig
+from sgpo_cli.options import GenerateConfig, StageConfig
 
 
 def run(stage: str, config: StageConfig, *, fresh: bool) -> None:

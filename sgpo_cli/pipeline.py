@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sgpo_cli import artifacts, identity, recipe
-from sgpo_cli.configs import StageConfig
 from sgpo_cli.errors import IntegrityError, StaleError, UsageError
+from sgpo_cli.options import StageConfig
 from sgpo_cli.step import Step
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from sgpo_cli import trl_options
-from sgpo_cli.configs import STAGES, TRAINER_KEY, StageConfig, own_options
+from sgpo_cli.configs import STAGES
 from sgpo_cli.errors import UsageError
+from sgpo_cli.options import TRAINER_KEY, StageConfig, own_options
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from sgpo_cli import launch
-from sgpo_cli.configs import TrainConfig
 from sgpo_cli.errors import UsageError
 from sgpo_cli.loading import load_tokenizer, refusals
+from sgpo_cli.options import TrainConfig
 
 Arguments = SFTConfig | DPOConfig
 CONFIGS: dict[str, type[Arguments]] = {"sft": SFTConfig, "dpo": DPOConfig}

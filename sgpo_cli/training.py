@@ -19,9 +19,9 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
 from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving, smoke, trainer_options
 from sgpo_cli.artifacts import write_atomically
-from sgpo_cli.configs import TrainConfig
 from sgpo_cli.errors import IncompleteError, UsageError
 from sgpo_cli.loading import end_tokens, generation_config, refusals
+from sgpo_cli.options import TrainConfig
 from sgpo_cli.row_checks import Lengths, RowTokens
 from sgpo_cli.row_order import GlobalDPOTrainer, GlobalSFTTrainer, GroupedDPOTrainer, GroupedSFTTrainer
 from sgpo_cli.start_model import HALF, Method, StartModel

@@ -9,8 +9,8 @@ import torch
 from trl import DPOConfig
 
 from sgpo_cli import launch, memory, row_checks, training
-from sgpo_cli.configs import TrainConfig
 from sgpo_cli.memory import GIB, Load, Shape
+from sgpo_cli.options import TrainConfig
 from sgpo_cli.start_model import HALF
 
 CARDS = (16, 24, 40, 48, 80, 141)  # GiB

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, Sgpo
 
 from sgpo_cli import trl_options
-from sgpo_cli.configs import STAGES, own_options
+from sgpo_cli.configs import STAGES
+from sgpo_cli.options import own_options
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "openai", "numpy", "pandas"}
 

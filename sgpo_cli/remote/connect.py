@@ -3,9 +3,9 @@
 import json
 from typing import TYPE_CHECKING
 
-from sgpo_cli.configs import RemoteConfig
 from sgpo_cli.engines import LazyEngine, check_engine, open_engine
 from sgpo_cli.errors import UsageError
+from sgpo_cli.options import RemoteConfig
 from sgpo_cli.remote.asker import Patience
 from sgpo_cli.remote.budget import Budget, read_prices
 from sgpo_cli.remote.endpoint import open_endpoint

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from sgpo_cli.configs import RemoteConfig
 from sgpo_cli.engines.base import Message
+from sgpo_cli.options import RemoteConfig
 from sgpo_cli.remote.answer import estimate_tokens
 from sgpo_cli.remote.budget import read_prices
 

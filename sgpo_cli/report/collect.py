@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_cli import artifacts, quality
-from sgpo_cli.configs import STAGES, own_options
+from sgpo_cli.configs import STAGES
 from sgpo_cli.errors import IntegrityError, UsageError
 from sgpo_cli.measures import finite
+from sgpo_cli.options import own_options
 from sgpo_cli.readers.strict import printable
 from sgpo_cli.report.schema import Log, Manifest, Metrics, Quality, Request, RunRecord, checked
 

@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from sgpo_cli import artifacts, prompts
-from sgpo_cli.configs import STAGES, own_options
+from sgpo_cli.configs import STAGES
+from sgpo_cli.options import own_options
 from sgpo_cli.report import figures, lineage
 from sgpo_cli.report.collect import Run, StepFacts, collect
 from sgpo_cli.report.examples import embed, example_sets
