@@ -3,7 +3,9 @@
     python benchmarks/training.py --repeats 3 --work runs/bench-training
 
 The same rows, start model and settings, each run a process of its own, in turn; the median counts, import time
-included. Seconds of the processor stand beside those of the clock: they hold on a machine with other work too.
+included. Each repeat has another seed, the same for all three, and losses are means over them: one order of rows
+alone moves them by a percent or two. Seconds of the processor stand beside those of the clock: they hold on a
+machine with other work too. All get one thread, which `trl`'s launcher gives itself anyway.
 "plain" is sgpo with every setting as TRL has it, "defaults" sgpo as it comes. The evaluation loss is that of the
 trained models on held-out rows, computed in one place for all. Writes `benchmarks/training.json`.
 """
@@ -31,7 +33,6 @@ COMMON = {
     "per_device_train_batch_size": 8,
     "num_train_epochs": 3,
     "max_length": 512,
-    "seed": 1,
     "lr_scheduler_type": "cosine",
     "bf16": False,
     "save_strategy": "no",
@@ -106,8 +107,8 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
-def command(who: str, stage: str, work: Path, output: Path) -> list[str]:
-    options = STAGES[stage] | {"model_name_or_path": work / "model", "output_dir": output}
+def command(who: str, stage: str, work: Path, output: Path, seed: int) -> list[str]:
+    options = STAGES[stage] | {"seed": seed, "model_name_or_path": work / "model", "output_dir": output}
     if who == "trl":
         script = {"dpo": "dpo", "train-improver": "sft"}[stage]
         trl = Path(sys.executable).with_name("trl")
@@ -155,8 +156,11 @@ def run(who: str, stage: str, work: Path, number: int) -> tuple[float, float, Pa
     log = output.with_suffix(".log")
     started, before = time.perf_counter(), cpu_seconds()
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # nobody waits for a network
+    quiet["OMP_NUM_THREADS"] = "1"
     with log.open("w") as file:
-        code = subprocess.run(command(who, stage, work, output), stdout=file, stderr=file, env=quiet).returncode
+        code = subprocess.run(
+            command(who, stage, work, output, number + 1), stdout=file, stderr=file, env=quiet
+        ).returncode
     seconds = time.perf_counter() - started
     if code:
         raise SystemExit(f"{who} {stage} failed, see {log}")
@@ -189,21 +193,22 @@ def main() -> None:
     for stage in arguments.stages:
         clock: dict[str, list[float]] = {who: [] for who in RUNS}
         processor: dict[str, list[float]] = {who: [] for who in RUNS}
-        losses: dict[str, float] = {}
+        losses: dict[str, list[float]] = {who: [] for who in RUNS}
         for number in range(arguments.repeats):
             for who in RUNS:
                 seconds, used, model = run(who, stage, work, number)
                 clock[who].append(round(seconds, 1))
                 processor[who].append(round(used, 1))
-                losses[who] = round(evaluation_loss(stage, model, work / "model", held_out), 5)
+                losses[who].append(round(evaluation_loss(stage, model, work / "model", held_out), 5))
                 print(
-                    f"{stage} {who}: {seconds:.1f} s, {used:.1f} s of the processor, loss {losses[who]:.4f}",
+                    f"{stage} {who}: {seconds:.1f} s, {used:.1f} s of the processor, loss {losses[who][-1]:.4f}",
                     flush=True,
                 )
         results[stage] = {
             "seconds": compared(clock),
             "processor_seconds": compared(processor),
-            "evaluation_loss": losses,
+            "evaluation_loss": {who: statistics.mean(each) for who, each in losses.items()},
+            "evaluation_losses": losses,
         }
     settings = {stage: {name: str(value) for name, value in options.items()} for stage, options in STAGES.items()}
     machine.write("training", {"rows": arguments.rows, "settings": settings, "stages": results})
