@@ -66,9 +66,6 @@ def _dpo_defaults(options: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     once = on_gpu or options.get("num_train_epochs", DPOConfig.num_train_epochs) > 1
     per_device = options.get("per_device_train_batch_size", DPOConfig.per_device_train_batch_size)
     return {
-        # Little padding. Not in SFT: its loss is a mean over the tokens of a batch, so those of short rows would
-        # weigh more (held-out loss 7 % higher in benchmarks/training.py); that of DPO is a mean over pairs.
-        "train_sampling_strategy": "group_by_length",
         "precompute_ref_log_probs": once and not options.get("sync_ref_model", False),
         "precompute_ref_batch_size": 4 * per_device,  # nothing is kept for a backward pass
     }

@@ -178,7 +178,6 @@ def _dataset(job: Job, rows: Sequence[Row], tokens: Sequence[RowTokens], directo
     pairs = [{**row, **extra, "length": each.total} for row, each in zip(rows, tokens, strict=True)]
     if not job.args.precompute_ref_log_probs:
         return Dataset.from_list(pairs)
-    pairs.sort(key=lambda pair: -pair["length"])  # equal lengths together: the reference pass pads little
     return _on_disk(pairs, directory / CACHE)
 
 
