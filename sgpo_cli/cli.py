@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sgpo_cli import __version__, exchange, exits, look, one_stage
+from sgpo_cli import __version__, compare, exchange, exits, look, one_stage
 from sgpo_cli.configs import STAGES
 from sgpo_cli.flags import (
     DebugFlag,
@@ -265,4 +265,5 @@ def status(
 
 
 app.add_typer(look.app)
+app.add_typer(compare.app)
 app.add_typer(exchange.app)

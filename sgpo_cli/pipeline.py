@@ -141,13 +141,18 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
 
 def _write_report(book: recipe.Recipe) -> None:
     """The report of the run, by a process of its own: whatever becomes of it, the steps are done."""
-    record = {"command": _command(book), "recipe": URL.sub(r"\1\2", book.path.read_text(encoding="utf-8"))}
+    record = {"command": _command(book), "recipe": without_secrets(book.path)}
     artifacts.write_atomically(book.run_dir / RUN, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     command = ["report", str(book.run_dir)]
     if subprocess.run([sys.executable, "-m", "sgpo_cli", *command], stdout=subprocess.DEVNULL).returncode == 0:
         logger.info("report: %s", book.run_dir / REPORT)
     else:
         logger.warning("the steps are done, but the report was not written; try again: sgpo %s", shlex.join(command))
+
+
+def without_secrets(path: Path) -> str:
+    """A recipe's text, without what may be secret in its URLs."""
+    return URL.sub(r"\1\2", path.read_text(encoding="utf-8"))
 
 
 def _command(book: recipe.Recipe) -> str:
@@ -157,11 +162,11 @@ def _command(book: recipe.Recipe) -> str:
 def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> None:
     command = [spec.stage, "--recipe", str(book.path), "--step", spec.name, *book.overrides, *flags]
     launcher = shlex.split(spec.launch) if spec.launch else [sys.executable]
-    process = subprocess.Popen([*launcher, "-m", "sgpo_cli", *command], preexec_fn=_end_with_parent(spec.launch))
+    process = subprocess.Popen([*launcher, "-m", "sgpo_cli", *command], preexec_fn=end_with_parent(spec.launch))
     try:
         code = process.wait()
     except BaseException:
-        _stop(process)
+        stop(process)
         raise
     if code != 0:
         what = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
@@ -169,7 +174,7 @@ def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> N
         raise SystemExit(code if code > 0 else 128 - code)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the step to leave; after Ctrl-C in a terminal it is on its way already."""
     try:
         process.wait(timeout=1)
@@ -178,7 +183,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _end_with_parent(launch: str) -> Callable[[], Any] | None:
+def end_with_parent(launch: str) -> Callable[[], Any] | None:
     """A step must not outlive a `sgpo run` that was killed: it would hold the lock against the next one."""
     if sys.platform != "linux":
         return None
