@@ -89,36 +89,45 @@ class _Running:
     """One seed at work: its recipes, one process after the other."""
 
     def __init__(self, run: SeedRun, environment: dict[str, str]) -> None:
-        self.run = run
-        self._environment = environment
+        self.seed = run.seed
         self._waiting = list(run.books)
+        self._environment = environment
         self._rest = b""
-        self.process: subprocess.Popen[bytes] | None = None
+        self._start()
 
-    def start_next(self) -> IO[bytes] | None:
-        """Start the next recipe; its output, or None if there is none left."""
-        if not self._waiting:
-            return None
+    def _start(self) -> None:
         book = self._waiting.pop(0)
-        command = [sys.executable, "-m", "sgpo_cli", "run", str(book.path), *book.overrides]
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "sgpo_cli", "run", str(book.path), *book.overrides],
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             preexec_fn=pipeline.end_with_parent("sgpo run"),
         )
+
+    @property
+    def output(self) -> IO[bytes]:
+        assert self.process.stdout is not None
         return self.process.stdout
 
-    def pass_on(self, output: IO[bytes]) -> bool:
+    def pass_on(self) -> bool:
         """Print whole lines with the seed before them; False at the end of the output."""
-        read = os.read(output.fileno(), 1 << 16)
+        read = os.read(self.output.fileno(), 1 << 16)
         *lines, self._rest = (self._rest + read).split(b"\n")
         if not read and self._rest:
             lines, self._rest = [self._rest], b""
         for line in lines:
-            typer.echo(f"seed {self.run.seed}: {line.decode('utf-8', 'replace').rstrip()}", err=True)
+            typer.echo(f"seed {self.seed}: {line.decode('utf-8', 'replace').rstrip()}", err=True)
         return bool(read)
+
+    def go_on(self) -> int | None:
+        """After the end of a recipe's output: start the next one, or say the exit code if there is none to start."""
+        self.output.close()
+        code = self.process.wait()
+        if code or not self._waiting:
+            return code if code >= 0 else 128 - code
+        self._start()
+        return None
 
 
 def run(runs: Sequence[SeedRun], jobs: int) -> None:
@@ -127,18 +136,12 @@ def run(runs: Sequence[SeedRun], jobs: int) -> None:
     Raises:
         SystemExit: seeds failed; the code is that of the first in order.
     """
-    environment = dict(os.environ)
-    if jobs > 1:  # else the seeds would fight for the cores
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    codes: dict[int, int] = {}
     active: list[_Running] = []
     try:
-        with selectors.DefaultSelector() as selector:
-            _work(runs, jobs, environment, active, codes, selector)
+        codes = _work(runs, jobs, active)
     except BaseException:
         for each in active:
-            if each.process:
-                pipeline.stop(each.process)
+            pipeline.stop(each.process)
         raise
     failed = {each.seed: codes[each.seed] for each in runs if codes[each.seed]}
     if failed:
@@ -149,33 +152,26 @@ def run(runs: Sequence[SeedRun], jobs: int) -> None:
         raise SystemExit(next(iter(failed.values())))
 
 
-def _work(
-    runs: Sequence[SeedRun],
-    jobs: int,
-    environment: dict[str, str],
-    active: list[_Running],
-    codes: dict[int, int],
-    selector: selectors.BaseSelector,
-) -> None:
-    """Until every seed has its exit code in `codes`; those at work are in `active`."""
-    waiting = list(runs)
-    while waiting or active:
-        while waiting and len(active) < jobs:
-            each = _Running(waiting.pop(0), environment)
-            active.append(each)
-            output = each.start_next()
-            assert output is not None
-            selector.register(output, selectors.EVENT_READ, each)
-        for key, _ in selector.select():
-            each, output = key.data, key.fileobj
-            if each.pass_on(output):
-                continue
-            selector.unregister(output)
-            output.close()
-            code = each.process.wait()
-            following = each.start_next() if code == 0 else None
-            if following is not None:
-                selector.register(following, selectors.EVENT_READ, each)
-                continue
-            codes[each.run.seed] = code if code >= 0 else 128 - code
-            active.remove(each)
+def _work(runs: Sequence[SeedRun], jobs: int, active: list[_Running]) -> dict[int, int]:
+    """Until all have ended; the exit code of each seed. Those at work are in `active`."""
+    environment = dict(os.environ)
+    if jobs > 1:  # else the seeds would fight for the cores
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    waiting, codes = list(runs), {}
+    with selectors.DefaultSelector() as selector:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                active.append(_Running(waiting.pop(0), environment))
+                selector.register(active[-1].output, selectors.EVENT_READ, active[-1])
+            for key, _ in selector.select():
+                each: _Running = key.data
+                if each.pass_on():
+                    continue
+                selector.unregister(each.output)
+                code = each.go_on()
+                if code is None:
+                    selector.register(each.output, selectors.EVENT_READ, each)
+                else:
+                    codes[each.seed] = code
+                    active.remove(each)
+    return codes

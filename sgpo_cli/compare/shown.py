@@ -16,6 +16,7 @@ from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.compare.figures import COSTS, Comparison, Method, estimate
 from sgpo_cli.compare.seeds import SeedRun
 from sgpo_cli.report.charts import Axis, add, canvas, markup, nice_ticks, number, padded
+from sgpo_cli.report.lineage import short
 
 FIGURES, CHART = "comparison.json", "comparison.svg"
 WIDTH, NAMES, MARGIN = 680, 150, 24  # of the chart
@@ -125,7 +126,7 @@ def chart(compared: Comparison) -> str:
         _mark(svg, x, y, mean, half, order + 1)
     for place, method in enumerate(compared.methods):
         middle = MARGIN + height * (place + 0.5)
-        add(svg, "text", "end", method.name, x=NAMES - 14, y=middle + 4)
+        add(svg, "text", "end", short(method.name, 20), x=NAMES - 14, y=middle + 4)
     return str(markup(svg)) + "\n"
 
 
