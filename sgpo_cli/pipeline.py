@@ -141,18 +141,13 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
 
 def _write_report(book: recipe.Recipe) -> None:
     """The report of the run, by a process of its own: whatever becomes of it, the steps are done."""
-    record = {"command": _command(book), "recipe": without_secrets(book.path)}
+    record = {"command": _command(book), "recipe": URL.sub(r"\1\2", book.path.read_text(encoding="utf-8"))}
     artifacts.write_atomically(book.run_dir / RUN, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     command = ["report", str(book.run_dir)]
     if subprocess.run([sys.executable, "-m", "sgpo_cli", *command], stdout=subprocess.DEVNULL).returncode == 0:
         logger.info("report: %s", book.run_dir / REPORT)
     else:
         logger.warning("the steps are done, but the report was not written; try again: sgpo %s", shlex.join(command))
-
-
-def without_secrets(path: Path) -> str:
-    """A recipe's text, without what may be secret in its URLs."""
-    return URL.sub(r"\1\2", path.read_text(encoding="utf-8"))
 
 
 def _command(book: recipe.Recipe) -> str:

@@ -81,7 +81,9 @@ def write(compared: Comparison, runs: Sequence[SeedRun]) -> list[Path]:
 
 
 def _recipes(run: SeedRun) -> list[dict[str, str]]:
-    return [{"path": str(book.path), "text": pipeline.without_secrets(book.path)} for book in run.books]
+    """The recipes as `sgpo run` records them: without what may be secret in their URLs."""
+    texts = ((book.path, book.path.read_text(encoding="utf-8")) for book in run.books)
+    return [{"path": str(path), "text": pipeline.URL.sub(r"\1\2", text)} for path, text in texts]
 
 
 def as_dict(compared: Comparison) -> dict[str, Any]:
