@@ -115,8 +115,9 @@ def test_scores_differences_and_costs(runs: list[seeds.SeedRun]) -> None:
 
 def test_differences_are_to_the_method_that_is_asked_for(runs: list[seeds.SeedRun]) -> None:
     assert figures.read(runs, None).against == "sgpo"
+    assert seeds.evaluated(runs[0]) == ["base", "sgpo"]
     with pytest.raises(UsageError, match=r"--against sgpp.*did you mean"):
-        figures.read(runs, "sgpp")
+        figures.chosen("sgpp", seeds.evaluated(runs[0]))
 
 
 def test_a_teacher_that_is_the_policy_itself_is_not_called(runs: list[seeds.SeedRun]) -> None:

@@ -30,6 +30,8 @@ def compare(
         from sgpo_cli.compare import seeds as running
 
         runs = running.plan(recipes, run_dir, running.parse(seeds))
+        if names := running.evaluated(runs[0]):
+            figures.chosen(against, names)  # a wrong name is found now, not hours later
         if dry_run:
             for run in runs:
                 for book in run.books:

@@ -90,7 +90,7 @@ def read(runs: Sequence[SeedRun], against: str | None) -> Comparison:
         [run.seed for run in runs],
         list(methods.values()),
         answers,
-        _against(against, list(methods)),
+        chosen(against, list(methods)),
         {package: sorted(found) for package, found in sorted(versions.items())},
     )
 
@@ -102,7 +102,8 @@ def _refuse_other(run: SeedRun, names: Any) -> None:
     )
 
 
-def _against(name: str | None, names: list[str]) -> str:
+def chosen(name: str | None, names: Sequence[str]) -> str:
+    """The method that all are compared with. Raises UsageError if there is none of that name."""
     if name is None:
         return "sgpo" if "sgpo" in names else names[0]
     if name not in names:

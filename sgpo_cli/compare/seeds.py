@@ -85,6 +85,13 @@ def _check_shared(books: Sequence[recipe.Recipe]) -> None:
         raise UsageError("no recipe has an evaluate step", "what it scores is compared")
 
 
+def evaluated(run: SeedRun) -> list[str]:
+    """The names of the models that will be scored; empty if files are among them, whose names stand in them."""
+    steps = [spec for book in run.books for spec in book.steps.values() if spec.stage == "evaluate"]
+    models = [Path(model) for spec in steps for model in spec.options["models"]]
+    return [] if any(model.is_file() for model in models) else [model.name for model in models]
+
+
 class _Running:
     """One seed at work: its recipes, one process after the other."""
 
