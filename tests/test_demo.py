@@ -8,7 +8,7 @@ import pytest
 
 from sgpo_cli.demo.scorer import qualities, score
 from sgpo_cli.demo.teacher import JUNK, improve, is_junk
-from sgpo_cli.demo.world import QUALITIES, make_splits, parse_answer, read_prompt
+from sgpo_cli.demo.world import QUALITIES, labelled_pairs, make_splits, parse_answer, read_prompt
 
 SIZES = {"sft": 300, "prompts": 200, "heldout": 100}
 SPLITS = make_splits(5, SIZES)
@@ -25,6 +25,18 @@ def test_splits_have_their_sizes_and_share_no_prompt() -> None:
 def test_a_seed_is_a_world() -> None:
     assert make_splits(5, SIZES) == SPLITS
     assert make_splits(6, SIZES) != SPLITS
+
+
+def test_labelled_pairs_are_two_references_the_better_over_the_worse() -> None:
+    pairs = labelled_pairs(SPLITS["sft"], 5, 200)
+    assert (len(pairs), pairs) == (200, labelled_pairs(SPLITS["sft"], 5, 200))
+    for pair in pairs:
+        prompt = pair["prompt"][0]["content"]
+        chosen, rejected = (score(prompt, pair[side][0]["content"]) for side in ("chosen", "rejected"))
+        assert chosen > rejected
+    assert make_splits(5, SIZES) == SPLITS
+    with pytest.raises(ValueError, match="300 prompts give"):
+        labelled_pairs(SPLITS["sft"], 5, 300)
 
 
 def test_an_ideal_answer_scores_one_and_references_about_the_middle() -> None:
