@@ -60,6 +60,8 @@ class RuleJudge:
 
         with closing(Batches(self._step, name, len(rows), size, do)) as batches:
             batches.work(f"{self._step.request.stage}, {name}")
+            if not self._step.rank.is_main:  # it reads no scores, and the main one may end and clear up any moment
+                return [None] * len(rows)
             records = [batches.record(number)["scores"] for number in range(-(-len(rows) // size))]
         return list(chain.from_iterable(records))
 

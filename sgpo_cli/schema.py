@@ -151,7 +151,9 @@ def _answer(column: str, value: object, reason_if_empty: str) -> str:
     if not isinstance(value, list):
         return _text(column, value, reason_if_empty)
     if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-        raise Fault("bad_messages", "expected text, or a list of one assistant message", column)
+        raise Fault(
+            "bad_messages", "expected text, or a list of one assistant message (before it, the prompt again)", column
+        )
     return _text(column, _message(column, 0, value[0])["content"], reason_if_empty)
 
 

@@ -1,13 +1,16 @@
 """gen-pairs with each pairing and several candidates; the echo engine answers, so no model is loaded."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import read_lines, run_stage, write_lines
+from test_ranks import ended, ranks
 
 from sgpo_cli import artifacts, recipe
+from sgpo_cli.engines.echo import EchoEngine
 from sgpo_cli.errors import UsageError
 
 Pairs = Callable[..., tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]]
@@ -87,6 +90,31 @@ def test_synpo_prefers_another_models_improvement_to_the_first_models_answer(pai
     _, later, _ = pairs("later", pairing="synpo", improver="improver", initial="first")
     assert [said(row, "chosen") for row in later] == [said(row, "chosen") for row in sgpo]
     assert all(said(a, "rejected") != said(b, "rejected") for a, b in zip(later, sgpo, strict=True))
+
+
+def test_one_model_is_in_memory_at_a_time(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[EchoEngine]] = []
+    names: list[str] = []
+
+    def load(engine: EchoEngine, model: str, **settings: Any) -> None:
+        assert not any(other() for other in loaded)
+        loaded.append(weakref.ref(engine))
+        names.append(Path(model).name)
+
+    monkeypatch.setattr(EchoEngine, "__init__", load)
+    pairs("synpo", pairing="synpo", improver="improver", initial="first", improvement_steps=2)
+    pairs("sgpo", improver="model")
+    assert names == ["model", "improver", "first", "model"]
+
+
+def test_several_processes_make_the_pairs_of_one(pairs: Pairs, world: Path) -> None:
+    options = "--policy model --dataset prompts.jsonl --engine echo --batch-size 7 --max-length-ratio 9".split()
+    options += "--pairing best-worst --num-candidates 4 --scorer scorers:length --output-dir shared".split()
+    processes = ranks(world, 3, "gen-pairs", *options)
+    assert ended(processes) == [0, 0, 0]
+    _, rows, rejects = pairs("alone", pairing="best-worst", num_candidates=4, scorer="scorers:length")
+    assert rows == read_lines(world / "shared" / "train.jsonl")
+    assert rejects == read_lines(world / "shared" / "rejects.jsonl")
 
 
 LABELLED = {
