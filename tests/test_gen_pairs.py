@@ -10,6 +10,7 @@ from conftest import read_lines, run_stage, write_lines
 from test_ranks import ended, ranks
 
 from sgpo_cli import artifacts, recipe
+from sgpo_cli.comparison import plain
 from sgpo_cli.engines.echo import EchoEngine
 from sgpo_cli.errors import UsageError
 
@@ -150,6 +151,10 @@ def test_best_over_worst_keeps_all_candidates_with_their_scores(pairs: Pairs) ->
         assert len(scores) == 4
         assert scores[said(row, "chosen")] == max(scores.values()) > min(scores.values())
         assert scores[said(row, "rejected")] == min(scores.values())
+    first = rows[0]["candidates"][0]
+    assert (
+        plain(rows[0]["candidates"]).splitlines()[0] == f"{first['score']}: {first['text']}"
+    )  # as `sgpo inspect` does
     assert answers(pairs) == [row["candidates"][0]["text"] for row in sorted(rows + rejects, key=number)]
 
 
