@@ -21,6 +21,8 @@ def plain(value: object) -> str:
     if not isinstance(value, list):
         return "" if value is None else str(value)
     messages = [message for message in value if isinstance(message, dict)]
+    if all("text" in each for each in messages):  # candidates with their scores
+        return "\n".join(f"{each.get('score')}: {each['text']}" for each in messages)
     contents = [str(message.get("content", "")) for message in messages]
     if len(messages) == 1:
         return contents[0]

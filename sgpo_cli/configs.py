@@ -32,6 +32,10 @@ class MakeDemoConfig(StageConfig):
     num_sft: WorldSize = option("Prompts with a reference answer, for sft and make-targets.", 4000)
     num_prompts: WorldSize = option("Prompts alone, for gen-pairs.", 1500)
     num_heldout: WorldSize = option("Prompts for evaluate.", 400)
+    num_labelled: Annotated[int, Ge(0)] = option(
+        "Pairs of references for prompts of num_sft, better over worse: a preference data set for --pairing labelled.",
+        0,
+    )
 
 
 @dataclass(kw_only=True)
@@ -108,10 +112,30 @@ class TrainImproverConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class GenPairsConfig(RemoteConfig):
-    """The model answers each prompt and improves its answer: chosen is the improvement."""
+    """The model answers each prompt and improves its answer: chosen is the improvement. Other pairings are rivals."""
 
-    policy: str = option("The model in both roles: M*.", kind="model")
-    pairing: str = option("Which two texts make a pair: sgpo (improvement over answer).", "sgpo")
+    policy: str = option("The model that answers; with pairing sgpo in both roles: M*.", kind="model")
+    improver: str | None = option("The model that improves the answers; default: the policy.", None, kind="model")
+    initial: str | None = option(
+        "For synpo: the initial policy M0, whose answers are rejected; default: the policy.", None, kind="model"
+    )
+    pairing: Literal["sgpo", "spin", "distill", "synpo", "labelled", "best-worst"] = option(
+        "Which two texts make a pair: sgpo (improvement over answer), spin (reference over answer), distill (target "
+        "over response, as make-targets wrote them), synpo (improvement over the initial policy's answer), labelled "
+        "(the data set's own chosen and rejected), best-worst (of --num-candidates answers, by --scorer).",
+        "sgpo",
+    )
+    num_candidates: Count = option(
+        "Answers for each prompt; each makes a pair of its own, except with best-worst, which makes one of them all.",
+        1,
+    )
+    improvement_steps: Count = option("How often an answer is improved, each time from the improvement before.", 1)
+    scorer: str | None = option(
+        "For best-worst: reward:PATH_OR_NAME (a reward model), MODULE:FUNCTION (your own, of prompt and response) or "
+        "demo (the demo world's rule).",
+        None,
+        kind="judge",
+    )
     improver_temperature: Temperature = option("Sampling temperature of the improver; 0 is greedy.", 0.0)
     improver_top_p: TopP = option("Nucleus sampling of the improver.", 1.0)
     improver_prompt: str | None = option(
@@ -122,6 +146,12 @@ class GenPairsConfig(RemoteConfig):
     max_length_ratio: Annotated[float, Ge(1)] = option(
         "Drop pairs whose texts differ in length by more than this factor.", 3.0
     )
+
+    def __post_init__(self) -> None:
+        """Options that do not go together are refused with the recipe, not when the step's turn comes."""
+        from sgpo_cli.pairing import check_options  # which reads this config
+
+        check_options(self)
 
 
 @dataclass(kw_only=True)

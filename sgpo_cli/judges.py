@@ -20,6 +20,7 @@ from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, open_engi
 from sgpo_cli.engines.base import AsksServer
 from sgpo_cli.errors import UsageError
 from sgpo_cli.generation import Lazy, Passes, seeds_for
+from sgpo_cli.options import GenerateConfig
 from sgpo_cli.score_functions import ScoreFunction, demo_rule, reward_model, users_function
 from sgpo_cli.step import Step
 
@@ -59,6 +60,8 @@ class RuleJudge:
 
         with closing(Batches(self._step, name, len(rows), size, do)) as batches:
             batches.work(f"{self._step.request.stage}, {name}")
+            if not self._step.rank.is_main:  # it reads no scores, and the main one may end and clear up any moment
+                return [None] * len(rows)
             records = [batches.record(number)["scores"] for number in range(-(-len(rows) // size))]
         return list(chain.from_iterable(records))
 
@@ -189,16 +192,32 @@ def open_judge(config: EvaluateConfig, step: Step, rows: Sequence[Row]) -> RuleJ
         UsageError: no such judge, or it cannot be asked.
     """
     kind, argument = check_judge(config)
-    settings: dict[str, Any] = {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}
     if kind == "hf":
-        local = LazyEngine(lambda: open_engine("transformers", argument, **settings))
+        local = LazyEngine(lambda: open_engine("transformers", argument, **_settings(config)))
         return LanguageModelJudge(local, judge_prompt(config), config, model_tokens(argument))
     if kind == "openai":
         from sgpo_cli.remote.connect import connect
 
         key = config.judge_api_key_env, config.judge_api_key_file
         return LanguageModelJudge(connect(config, argument, config.judge_base_url, *key), judge_prompt(config), config)
+    return open_scorer(config.judge, config, step, rows)
+
+
+def open_scorer(spec: str, config: GenerateConfig, step: Step, rows: Sequence[Row]) -> RuleJudge:
+    """The judge that is a function: `reward:PATH_OR_NAME`, `MODULE:FUNCTION` or `demo`; loads no model yet.
+
+    Raises:
+        UsageError: no such judge, or it cannot read the prompts.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind in LANGUAGE_MODELS or not (spec == "demo" or (kind and argument)):
+        raise UsageError(f"no scorer '{spec}'", "scorers: demo, reward:PATH_OR_NAME, MODULE:FUNCTION")
     if kind == "reward":
+        settings = _settings(config)
         return RuleJudge(step, config.batch_size, lambda: reward_model(argument, model_tokens(argument), settings))
-    function = demo_rule(rows) if kind == "demo" else users_function(config.judge)
+    function = demo_rule(rows) if spec == "demo" else users_function(spec)
     return RuleJudge(step, config.batch_size, lambda: function)
+
+
+def _settings(config: GenerateConfig) -> dict[str, Any]:
+    return {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}

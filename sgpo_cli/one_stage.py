@@ -37,8 +37,13 @@ def run(stage: str, config: StageConfig, *, fresh: bool) -> None:
     if main_process:
         identity.check_inputs(config)
     module = importlib.import_module(f"sgpo_cli.stages.{stage.replace('-', '_')}")
-    with suppress(SharedWorkDone):
-        module.run(config, step)
+    try:
+        with suppress(SharedWorkDone):
+            module.run(config, step)
+    except FileNotFoundError:
+        if main_process or not step.is_complete():
+            raise
+        return  # a helper came late: the main process has ended the step meanwhile, and cleared its logs away
     manifest = artifacts.read_manifest(step.directory) if main_process else None
     if manifest is not None:  # a step may stop on purpose before its end
         _print_summary(Path(config.output_dir), manifest)

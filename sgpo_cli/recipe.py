@@ -258,6 +258,8 @@ def build_config(stage: str, values: Mapping[str, Any], where: str) -> StageConf
             raise UsageError(f"{where}: option '{key}': expected {own[key].type}, got {value}")
     try:
         return TypeAdapter(config).validate_python(ours)
+    except UsageError as error:  # options that do not go together
+        raise UsageError(f"{where}: {error}", error.hint) from None
     except ValidationError as error:
         raise UsageError(f"{where}: {_first_problem(error)}", f"see: sgpo {stage} --help") from None
 

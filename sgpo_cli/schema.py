@@ -69,7 +69,10 @@ class Schema:
                     raise Fault("no_reference", "ends with a user turn; the last turn must be the reference", column)
                 text = answer
             else:
-                text = _answer(source, _present(raw, source), f"empty_{name}")
+                given = _present(raw, source)
+                if name in ("chosen", "rejected"):
+                    given = _after_prompt(given, prompt)
+                text = _answer(source, given, f"empty_{name}")
             parts[name] = [{"role": "assistant", "content": text}] if name in ("chosen", "rejected") else text
             forms[name] = (source, _form(raw[source]))
         return self._assemble(raw, parts, forms)
@@ -148,8 +151,17 @@ def _answer(column: str, value: object, reason_if_empty: str) -> str:
     if not isinstance(value, list):
         return _text(column, value, reason_if_empty)
     if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-        raise Fault("bad_messages", "expected text, or a list of one assistant message", column)
+        raise Fault(
+            "bad_messages", "expected text, or a list of one assistant message (before it, the prompt again)", column
+        )
     return _text(column, _message(column, 0, value[0])["content"], reason_if_empty)
+
+
+def _after_prompt(value: object, prompt: list[Message]) -> object:
+    """What comes after the prompt, where a preference data set repeats it in every answer."""
+    if isinstance(value, list) and len(value) == len(prompt) + 1 and value[:-1] == prompt:
+        return value[-1:]
+    return value
 
 
 def _conversation(column: str, value: object) -> tuple[list[Message], str | None]:

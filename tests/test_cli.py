@@ -70,7 +70,7 @@ def test_every_field_of_trls_configs_is_an_option() -> None:
         ("evaluate --models a,b --dataset d.jsonl --output-dir o", "a,b: no such file or directory"),
         ("evaluate --models model --dataset d.jsonl --output-dir o --engine echo", "not a letter"),
         ("gen-pairs --policy model --dataset d.jsonl --output-dir o --engine vlm", "no engine 'vlm'"),
-        ("gen-pairs --policy model --dataset d.jsonl --output-dir o --pairing spo", "no pairing 'spo'"),
+        ("gen-pairs --policy model --dataset d.jsonl --output-dir o --pairing spo", "got 'spo'"),
         ("gen-pairs --policy model --dataset ./no/d.jsonl --output-dir o", "./no/d.jsonl: no such file"),
         ("gen-pairs --policy ./nowhere --dataset d.jsonl --output-dir o", "./nowhere: no such file or directory"),
         ("gen-pairs --policy empty --dataset d.jsonl --output-dir o", "empty: not a model, it has no config.json"),

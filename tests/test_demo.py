@@ -3,12 +3,15 @@
 import random
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from conftest import read_lines, run_stage
 
 from sgpo_cli.demo.scorer import qualities, score
 from sgpo_cli.demo.teacher import JUNK, improve, is_junk
-from sgpo_cli.demo.world import QUALITIES, make_splits, parse_answer, read_prompt
+from sgpo_cli.demo.world import QUALITIES, labelled_pairs, make_splits, parse_answer, read_prompt
+from sgpo_cli.errors import UsageError
 
 SIZES = {"sft": 300, "prompts": 200, "heldout": 100}
 SPLITS = make_splits(5, SIZES)
@@ -25,6 +28,18 @@ def test_splits_have_their_sizes_and_share_no_prompt() -> None:
 def test_a_seed_is_a_world() -> None:
     assert make_splits(5, SIZES) == SPLITS
     assert make_splits(6, SIZES) != SPLITS
+
+
+def test_labelled_pairs_are_two_references_the_better_over_the_worse() -> None:
+    pairs = labelled_pairs(SPLITS["sft"], 5, 200)
+    assert (len(pairs), pairs) == (200, labelled_pairs(SPLITS["sft"], 5, 200))
+    for pair in pairs:
+        prompt = pair["prompt"][0]["content"]
+        chosen, rejected = (score(prompt, pair[side][0]["content"]) for side in ("chosen", "rejected"))
+        assert chosen > rejected
+    assert make_splits(5, SIZES) == SPLITS
+    with pytest.raises(ValueError, match="300 prompts give"):
+        labelled_pairs(SPLITS["sft"], 5, 300)
 
 
 def test_an_ideal_answer_scores_one_and_references_about_the_middle() -> None:
@@ -96,3 +111,16 @@ def test_the_share_of_junk_is_what_was_asked_for(share: float) -> None:
 def test_all_six_qualities_are_used() -> None:
     assert len(QUALITIES) == 6
     assert all(any(qualities(*pair)[name] for pair in MIXED) for name in QUALITIES)
+
+
+def test_labelled_pairs_leave_the_rest_of_the_world_as_it_is(tmp_path: Path) -> None:
+    sizes = {"num_sft": 60, "num_prompts": 20, "num_heldout": 10}
+    run_stage("make-demo", tmp_path / "plain", **sizes)
+    manifest = run_stage("make-demo", tmp_path / "labelled", num_labelled=40, **sizes)
+    assert manifest["rows_out"] == 130
+    assert len(read_lines(tmp_path / "labelled" / "labelled" / "train.jsonl")) == 40
+    for path in (tmp_path / "plain").glob("*/*"):
+        assert path.read_bytes() == (tmp_path / "labelled" / path.relative_to(tmp_path / "plain")).read_bytes(), path
+    with pytest.raises(UsageError, match="60 prompts give"):
+        run_stage("make-demo", tmp_path / "many", num_labelled=60, **sizes)
+    assert not (tmp_path / "many").exists()

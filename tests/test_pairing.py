@@ -1,19 +1,55 @@
 """What makes a pair, and what is dropped."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 
+from sgpo_cli.configs import GenPairsConfig
 from sgpo_cli.engines.base import Generation
-from sgpo_cli.pairing import find_pairing, pair_problem, text_problem
+from sgpo_cli.pairing import PAIRINGS, best_and_worst, pair_problem, text_problem
 
 
 def text(words: str, finish: str = "stop") -> Generation:
     return Generation(words, finish)  # type: ignore[arg-type]
 
 
-def test_sgpo_prefers_the_improvement() -> None:
-    candidates = {"policy": text("an answer"), "improver": text("a better answer")}
-    chosen, rejected = find_pairing("sgpo").choose(candidates)
-    assert (chosen.text, rejected.text) == ("a better answer", "an answer")
+@pytest.mark.parametrize(
+    ("name", "chosen", "rejected"),
+    [
+        ("sgpo", "improver", "policy"),
+        ("spin", "reference", "policy"),
+        ("distill", "target", "response"),
+        ("synpo", "improver", "initial"),
+        ("labelled", "chosen", "rejected"),
+        ("best-worst", "best", "worst"),
+    ],
+)
+def test_which_text_each_pairing_prefers(name: str, chosen: str, rejected: str) -> None:
+    candidates = {each: text(each) for each in (*PAIRINGS[name].columns, *PAIRINGS[name].generated, chosen, rejected)}
+    assert [each.text for each in PAIRINGS[name].choose(candidates)] == [chosen, rejected]
+
+
+def test_every_pairing_can_be_asked_for() -> None:
+    assert get_args(get_type_hints(GenPairsConfig)["pairing"]) == tuple(PAIRINGS)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "scores", "found"),
+    [
+        (["a", "b", "c"], [0.5, 0.9, 0.1], ("b", "c")),
+        (["a", "b", "c", "d"], [0.1, 0.9, 0.9, 0.1], ("b", "a")),
+        (["a", "b", "c"], [None, 0.9, 0.1], ("b", "c")),
+        (["a", "", "c"], [0.5, 0.0, 0.1], ("a", "c")),
+        (["a", "b"], [0.5, 0.5], "tie"),
+        (["a", "b", "c"], [None, None, 0.5], "unscored"),
+        (["a", "", ""], [0.5, 0.1, 0.1], "empty"),
+    ],
+)
+def test_best_and_worst_of_the_usable_candidates(
+    candidates: list[str], scores: list[float | None], found: tuple[str, str] | str
+) -> None:
+    pair = best_and_worst(list(map(text, candidates)), scores)
+    assert (pair if isinstance(pair, str) else (pair["best"].text, pair["worst"].text)) == found
 
 
 @pytest.mark.parametrize(

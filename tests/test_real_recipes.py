@@ -12,7 +12,7 @@ from conftest import ROOT, chat, read_lines, run, sentence, write_lines
 
 from sgpo_cli import artifacts, pipeline, recipe
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "demo.yaml")
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name not in ("demo.yaml", "rivals.yaml"))
 LAUNCH = ROOT / "recipes" / "launch"
 
 
@@ -28,6 +28,19 @@ def test_every_recipe_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch
         assert "expected" not in step.why
         if step.spec.launch:
             assert (ROOT / step.spec.launch.split()[1]).exists()
+
+
+def test_the_rivals_of_the_demo_world_have_equal_budgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    book = recipe.read(ROOT / "recipes" / "rivals.yaml")
+    assert all(step.state == pipeline.MISSING for step in pipeline.plan(book))
+    own = ("model_name_or_path", "dataset", "output_dir", "learning_rate", "beta", "loss_type", "loss_weights")
+    trained = [step for step in book.steps.values() if step.stage == "dpo"]
+    budgets = [{key: value for key, value in step.options.items() if key not in own} for step in trained]
+    assert len(budgets) == 6
+    assert all(budget == budgets[0] and budget["max_rows"] == 1150 for budget in budgets)
+    judged = {Path(model).name for model in book.steps["scores"].options["models"]}
+    assert judged == {"m0", *(step.name for step in trained)}
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero3", "ddp"])
@@ -118,7 +131,10 @@ def shrink(path: Path, models: dict[str, str]) -> dict[str, Any]:
             if step[key] is None:
                 del step[key]
         if not str(step.get("dataset", "./")).startswith("./"):
-            step["dataset"] = "prompts.jsonl" if step["stage"] == "gen-pairs" else "sft.jsonl"
+            step["dataset"] = (
+                DATA.get(step.get("pairing"), "prompts.jsonl") if step["stage"] == "gen-pairs" else "sft.jsonl"
+            )
+        step |= {"scorer": "scorers:length"} if "scorer" in step else {}
         step |= {"global_batch_size": 8} if "global_batch_size" in step else {}
         step |= {"engine": "echo", "batch_size": 8} if step["stage"] in ("make-targets", "gen-pairs") else {}
         step |= {"teacher": "reference", "gates": ["none"]} if "teacher" in step else {}
@@ -129,6 +145,7 @@ def shrink(path: Path, models: dict[str, str]) -> dict[str, Any]:
     return book
 
 
+DATA = {"spin": "sft.jsonl", "labelled": "labelled.jsonl"}  # other pairings read prompts alone
 HUB = {
     "Qwen/Qwen2.5-7B": "Qwen2.5-7B",
     "Qwen/Qwen2.5-7B-Instruct": "Qwen2.5-7B-Instruct",
@@ -151,6 +168,10 @@ def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(
     rows = [{"messages": [*chat(n), {"role": "assistant", "content": sentence(n + 2)}]} for n in range(16)]
     write_lines(tmp_path / "sft.jsonl", rows)
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": sentence(n + 40)} for n in range(16)])
+    sides = {"chosen": sentence, "rejected": lambda n: sentence(n + 1)}
+    labelled = [{"prompt": sentence(n), **{side: say(n) for side, say in sides.items()}} for n in range(40, 56)]
+    write_lines(tmp_path / "labelled.jsonl", labelled)
+    (tmp_path / "scorers.py").write_text("def length(prompt, response): return sum(map(ord, response))\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / path.name).write_text(yaml.safe_dump(shrink(path, HUB), sort_keys=False))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")

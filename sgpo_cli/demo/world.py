@@ -254,3 +254,29 @@ def _make_rows(split: str, size: int, rng: random.Random, seen: set[str]) -> lis
             row["completion"] = [{"role": "assistant", "content": answer(facts, rng)}]
         rows.append(row)
     return rows
+
+
+def labelled_pairs(rows: list[Row], seed: int, size: int) -> list[Row]:
+    """Preference pairs for the prompts of `rows`: of two references of mixed quality, the better over the worse.
+
+    Drawn from a stream of their own, in the order of the rows; where both are as good, there is no pair.
+
+    Raises ValueError if the rows do not give `size` pairs.
+    """
+    from sgpo_cli.demo.scorer import score  # which reads this world
+
+    rng = random.Random(f"labelled pairs {seed}")
+    pairs: list[Row] = []
+    for row in rows:
+        if len(pairs) == size:
+            break
+        prompt = row["prompt"][0]["content"]
+        drawn = [mixed_answer(read_prompt(prompt), rng) for _ in range(2)]
+        worse, better = sorted(drawn, key=lambda answer: score(prompt, answer))
+        if score(prompt, worse) < score(prompt, better):
+            texts = {"chosen": better, "rejected": worse}
+            sides = {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
+            pairs.append({"id": row["id"], "prompt": row["prompt"], **sides})
+    if len(pairs) < size:
+        raise ValueError(f"{len(rows)} prompts give {len(pairs)} labelled pairs, {size} were asked for")
+    return pairs

@@ -7,6 +7,7 @@ from sgpo_cli import prompts
 from sgpo_cli.artifacts import write_lines
 from sgpo_cli.batches import Row
 from sgpo_cli.configs import MakeDemoConfig
+from sgpo_cli.errors import UsageError
 from sgpo_cli.step import Step
 
 
@@ -22,19 +23,31 @@ def corpus(splits: dict[str, list[Row]]) -> list[str]:
 
 
 def run(config: MakeDemoConfig, step: Step) -> None:
-    """Write `sft/`, `prompts/` and `heldout/` (rows) and `base/` (model and tokenizer)."""
+    """Write `sft/`, `prompts/`, `heldout/` and perhaps `labelled/` (rows), and `base/` (model and tokenizer)."""
     from sgpo_cli.demo import model, world
 
     sizes = {"sft": config.num_sft, "prompts": config.num_prompts, "heldout": config.num_heldout}
     splits = world.make_splits(config.seed, sizes)
+    texts = corpus(splits)  # without the labelled pairs: the model is the same with and without them
+    if config.num_labelled:
+        splits["labelled"] = _labelled(splits["sft"], config)
     with step:
         for name, rows in splits.items():
             (step.directory / name).mkdir(exist_ok=True)
             write_lines(step.directory / name / "train.jsonl", rows)
         base = step.directory / "base"
         shutil.rmtree(base, ignore_errors=True)
-        model.build_base(base, corpus(splits), config.seed)
+        model.build_base(base, texts, config.seed)
         made = [path for name in (*splits, "base") for path in (step.directory / name).iterdir()]
         rows_out = sum(map(len, splits.values()))
         counts: dict[str, Any] = {"rows_in": rows_out, "rows_out": rows_out, "rejected": {}}
         step.finish([str(path.relative_to(step.directory)) for path in made if path.is_file()], counts)
+
+
+def _labelled(rows: list[Row], config: MakeDemoConfig) -> list[Row]:
+    from sgpo_cli.demo import world
+
+    try:
+        return world.labelled_pairs(rows, config.seed, config.num_labelled)
+    except ValueError as error:
+        raise UsageError(f"num_labelled: {error}", "raise num_sft") from None
