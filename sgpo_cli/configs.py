@@ -201,6 +201,7 @@ class EvaluateConfig(RemoteConfig):
 
     def __post_init__(self) -> None:
         """`--baseline m0` is the model whose path ends with m0; what a language model does and is told is settled."""
+        super().__post_init__()
         paths = {path.rstrip("/").rpartition("/")[2]: path for path in self.models}
         self.baseline = paths.get(self.baseline or "", self.baseline)
         talks = self.judge.startswith(("hf:", "openai:"))

@@ -74,7 +74,7 @@ def train(
         Terminated: SIGTERM came; a checkpoint was saved.
     """
     if not rows:
-        raise IncompleteError(f"{config.dataset}: no row is left to train on ({dict(rejected)})")
+        raise IncompleteError(f"{', '.join(config.datasets)}: no row is left to train on ({dict(rejected)})")
     launch.use_all_gpus()
     job = prepare(config, step.directory)
     tokens = list(row_checks.tokenize(job.counting, rows, job.ends, config.chat_template_kwargs))
