@@ -130,6 +130,17 @@ class DpoConfig(TrainConfig):
 
     TRAINER: ClassVar[str] = "dpo"
 
+    ref_model: str | None = option(
+        "The frozen reference, such as M0 in every round; default: the model that training starts from.",
+        None,
+        kind="model",
+    )
+    improver_replay: Share | None = option(
+        "For this share of the pairs, a further one that asks the improver: given the rejected answer, it shall "
+        "prefer the chosen one to leaving it as it is.",
+        None,
+    )
+
 
 @dataclass(kw_only=True)
 class MergeConfig(StageConfig):
