@@ -45,10 +45,14 @@ class CheckReference(TrainerCallback):
 
     Another first loss means that the reference is not the model that training starts from, which TRL does
     not notice (https://github.com/huggingface/trl/issues/2423 and the like).
+
+    Args:
+        other: the reference is another model on purpose; the first loss is then only remembered.
     """
 
-    def __init__(self, loss_type: Sequence[str]) -> None:
+    def __init__(self, loss_type: Sequence[str], *, other: bool = False) -> None:
         self._plain = list(loss_type) == ["sigmoid"]
+        self._other = other
         self.first_loss: float | None = None
 
     def on_log(
@@ -62,6 +66,8 @@ class CheckReference(TrainerCallback):
         if state.global_step != 1 or logs is None or "rewards/chosen" not in logs:
             return
         self.first_loss = float(logs["loss"])
+        if self._other:
+            return
         rewards = max(abs(float(logs[f"rewards/{side}"])) for side in ("chosen", "rejected"))
         if rewards > TOLERANCE or (self._plain and abs(self.first_loss - LN2) > TOLERANCE):
             raise DivergedError(

@@ -98,7 +98,7 @@ def _plain(annotation: Any) -> Any:
     """The type that the command line parses; ranges and choices are checked where recipes are."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if get_origin(annotation) is list:
+    if any(get_origin(part) is list for part in (annotation, *get_args(annotation))):
         return list[str] | None
     if annotation is bool:
         return bool | None

@@ -160,6 +160,17 @@ class DpoConfig(TrainConfig):
 
     TRAINER: ClassVar[str] = "dpo"
 
+    ref_model: str | None = option(
+        "The frozen reference, such as M0 in every round; default: the model that training starts from.",
+        None,
+        kind="model",
+    )
+    improver_replay: Share | None = option(
+        "For this share of the pairs, a further one that asks the improver: given the rejected answer, it shall "
+        "prefer the chosen one to leaving it as it is.",
+        None,
+    )
+
 
 @dataclass(kw_only=True)
 class MergeConfig(StageConfig):
@@ -231,6 +242,7 @@ class EvaluateConfig(RemoteConfig):
 
     def __post_init__(self) -> None:
         """`--baseline m0` is the model whose path ends with m0; what a language model does and is told is settled."""
+        super().__post_init__()
         paths = {path.rstrip("/").rpartition("/")[2]: path for path in self.models}
         self.baseline = paths.get(self.baseline or "", self.baseline)
         talks = self.judge.startswith(("hf:", "openai:"))

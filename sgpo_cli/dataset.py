@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sgpo_cli.control_tokens import added_tokens, control_tokens
 from sgpo_cli.errors import UsageError
-from sgpo_cli.options import DataConfig, RemoteConfig
+from sgpo_cli.joined_rows import JoinedRows
+from sgpo_cli.options import DataConfig, RemoteConfig, part_of
 from sgpo_cli.rows import Columns, Rows, read_rows
 from sgpo_cli.step import Outcome
 
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 SHOWN = 20
 
 
-def read_dataset(config: DataConfig, needs: Sequence[str], model: str) -> Rows:
-    """The rows with the columns that a stage needs.
+def read_dataset(config: DataConfig, needs: Sequence[str], model: str) -> Rows | JoinedRows:
+    """The rows with the columns that a stage needs; those of several data sets one after another.
 
     Args:
         needs: canonical column names, see `rows.read_rows`.
@@ -32,18 +33,27 @@ def read_dataset(config: DataConfig, needs: Sequence[str], model: str) -> Rows:
         messages=config.messages_column,
         id=config.id_column,
     )
+    forbidden = forbidden_tokens(config, model)
+    found = [_read_one(config, source, needs, columns, forbidden) for source in config.datasets]
+    return found[0] if len(found) == 1 else JoinedRows(found)
+
+
+def _read_one(
+    config: DataConfig, source: str, needs: Sequence[str], columns: Columns, forbidden: Sequence[str]
+) -> Rows:
     rows = read_rows(
-        config.dataset,
+        source,
         needs,
         columns=columns,
         max_rows=config.max_rows,
+        part=part_of(config.part),
         on_bad_row=config.on_bad_row,
         max_reject_share=config.max_reject_share,
         split=config.split,
     )
     for note in rows.notes:
-        logger.info("%s: %s", config.dataset, note)
-    _refuse_control_tokens(rows, needs, forbidden_tokens(config, model))
+        logger.info("%s: %s", source, note)
+    _refuse_control_tokens(rows, needs, forbidden)
     return rows
 
 
@@ -74,12 +84,12 @@ def _refuse_control_tokens(rows: Rows, needs: Sequence[str], tokens: Sequence[st
         )
 
 
-def set_aside(rows: Rows) -> Iterator[Outcome]:
+def set_aside(rows: Rows | JoinedRows) -> Iterator[Outcome]:
     """The outcomes of the rows that the reader rejected."""
     for bad in rows.rejected:
         yield {"where": bad.where, "column": bad.column, "message": bad.message}, bad.reason
 
 
-def count_set_aside(rows: Rows) -> Counter[str]:
+def count_set_aside(rows: Rows | JoinedRows) -> Counter[str]:
     """How many rows the reader rejected, by reason."""
     return Counter(bad.reason for bad in rows.rejected)

@@ -27,7 +27,7 @@ def lineage(config: TrainConfig, stage: str, method: str, args: Any, rows: int) 
         rows: rows trained on.
     """
     before = _manifest(config.model_name_or_path).get("lineage", [])
-    data = _manifest(config.dataset)
+    made = [_manifest(source) for source in config.datasets]
     settings = {name: getattr(args, name, config.trainer.get(name)) for name in SHOWN}
     return [
         *before,
@@ -35,14 +35,21 @@ def lineage(config: TrainConfig, stage: str, method: str, args: Any, rows: int) 
             "stage": stage,
             "start": _name(config.model_name_or_path),
             "start_on_hub": not Path(config.model_name_or_path).exists(),
-            "data": _name(config.dataset),
-            "made_by": {key: data[key] for key in ("stage", "rows_in", "rows_out") if key in data},
+            "data": " + ".join(map(_name, config.datasets)),
+            "made_by": _made_by(made) if all(made) else {},
             "rows": rows,
             "method": method,
             "settings": {name: value for name, value in settings.items() if value is not None},
             "seed": config.seed,
         },
     ]
+
+
+def _made_by(made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The stage that made the data, and its rows in and out; of several data sets, their sums."""
+    stages = {"stage": ", ".join(dict.fromkeys(data["stage"] for data in made))}
+    counts = (key for key in ("rows_in", "rows_out") if all(key in data for data in made))
+    return stages | {key: sum(data[key] for data in made) for key in counts}
 
 
 def _manifest(source: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What an option is, and the options that stages share; those of each stage are in `configs.py`."""
 
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -51,13 +52,22 @@ class StageConfig:
 class DataConfig(StageConfig):
     """A stage that reads rows."""
 
-    dataset: str = option("A step's directory, a JSONL, JSON, CSV or Parquet file, or a Hub name.", kind="data")
+    dataset: str | list[str] = option(
+        "A step's directory, a JSONL, JSON, CSV or Parquet file, or a Hub name; several are read one after another "
+        "(on the command line, repeat the flag), and their ids then end with @ and the data set's number.",
+        kind="data",
+    )
     split: str = option("Split to read when the dataset comes from the Hub.", "train")
     prompt_column: str | None = option("Your name for the column `prompt`.", None)
     completion_column: str | None = option("Your name for the column with the reference answer.", None)
     messages_column: str | None = option("Your name for the column `messages`.", None)
     id_column: str | None = option("Your name for the column `id`.", None)
-    max_rows: Count | None = option("Use only the first rows of the dataset.", None)
+    max_rows: Count | None = option("Use only the first rows of each dataset.", None)
+    part: str | None = option(
+        "Use only one of several equal parts of each dataset: 2/4 is the second quarter, in the order of the rows; "
+        "max_rows then counts within it.",
+        None,
+    )
     on_bad_row: Literal["stop", "reject"] = option(
         "What a malformed row does: stop everything, or be set aside in rejects.jsonl.", "stop"
     )
@@ -67,6 +77,31 @@ class DataConfig(StageConfig):
     max_reject_share: Share = option(
         "With --on-bad-row reject: stop when more than this share is bad.", 0.01, kind="guard"
     )
+
+    def __post_init__(self) -> None:
+        """One data set in a list is that data set: the same request."""
+        if isinstance(self.dataset, list) and len(self.dataset) == 1:
+            self.dataset = self.dataset[0]
+        if not self.dataset:
+            raise ValueError("option 'dataset': names nothing")
+        part_of(self.part)
+
+    @property
+    def datasets(self) -> list[str]:
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset
+
+
+def part_of(text: str | None) -> tuple[int, int]:
+    """The option `part`: "2/4" is (2, 4), None all rows, (1, 1).
+
+    Raises:
+        ValueError: it is no part.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text or "1/1")
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(f"option 'part': expected one of several, such as 2/4, got {text!r}")
+    return number, count
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,8 @@
 
 A value that starts with `./` is relative to `run_dir`, so a step names another step's output by its
 path. `seed` is that of every step that sets none. YAML is read by the rules of YAML 1.2 (`no` is a
-string, `012` is 12, `1e-5` is a number), and duplicate or unknown keys are errors.
+string, `012` is 12, `1e-5` is a number), and duplicate or unknown keys are errors. With `rounds: 4`, steps
+named like `m{round}` are repeated (`rounds.py`).
 """
 
 import re
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from sgpo_cli import trl_options
+from sgpo_cli import rounds, trl_options
 from sgpo_cli.configs import STAGES
 from sgpo_cli.errors import UsageError
 from sgpo_cli.options import TRAINER_KEY, StageConfig, own_options
@@ -27,7 +28,7 @@ from sgpo_cli.options import TRAINER_KEY, StageConfig, own_options
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-KEYS = ("run_dir", "seed", "steps")
+KEYS = ("run_dir", "seed", "rounds", "steps")
 OLD = re.compile(r"\.old-\d+$")  # where earlier outputs are moved
 STEP_KEYS = ("stage", "launch")  # of the step itself; every other key is an option of its stage
 
@@ -145,10 +146,11 @@ def read(path: str | Path, *, run_dir: str | Path | None = None, seed: int | Non
     overrides = tuple(str(part) for flag, value in given.items() if value is not None for part in (flag, value))
     recipe = Recipe(path, Path(directory).expanduser(), {}, overrides)
     seeds = {"seed": content["seed"]} if "seed" in content else {}
-    for name, options in steps.items():
+    for step in rounds.expand(steps, content.get("rounds"), str(path)):
+        options = step.options
         if isinstance(options, dict):
             options = seeds | options | ({"seed": seed} if seed is not None else {})
-        recipe.steps[name] = _read_step(recipe, name, options)
+        recipe.steps[step.name] = _read_step(recipe, step.name, options, f"{path}: steps.{step.key}")
     return recipe
 
 
@@ -185,8 +187,7 @@ def _refuse_endless(content: Any, path: Path) -> None:
         waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
-def _read_step(recipe: Recipe, name: Any, options: Any) -> StepSpec:
-    where = f"{recipe.path}: steps.{name}"
+def _read_step(recipe: Recipe, name: Any, options: Any, where: str) -> StepSpec:
     if not isinstance(name, str) or not STEP_NAME.fullmatch(name) or OLD.search(name):
         rule = "begins with a letter or digit, has letters, digits, '.', '_' and '-', and no .old-N at its end"
         raise UsageError(f"{where}: a step's name {rule}", "quote it if it is a number")
@@ -266,6 +267,8 @@ def build_config(stage: str, values: Mapping[str, Any], where: str) -> StageConf
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
+    if not problem["loc"]:  # a check of the config's own, which says what it is about
+        return str(problem["ctx"]["error"])
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
         return f"option '{name}' is missing"

@@ -105,6 +105,7 @@ def read_rows(
     *,
     columns: Columns = STANDARD,
     max_rows: int | None = None,
+    part: tuple[int, int] = (1, 1),
     on_bad_row: Literal["stop", "reject"] = "stop",
     max_reject_share: float = 0.01,
     split: str = "train",
@@ -115,7 +116,8 @@ def read_rows(
     Each row has `id`, `prompt` (messages) and what `needs` names: `reference`, `response` and `target` as
     text, `chosen` and `rejected` as one assistant message. Its other columns follow as they are.
     `split` names the file in a directory (`train.jsonl`) or the split of a Hub data set; `max_rows` takes
-    the first rows of the source, before any are rejected.
+    the first rows of the source, before any are rejected. `part` (2, 4) takes the second of four contiguous parts
+    that differ by at most one row, before `max_rows`; the parts have no row in common and together have all.
 
     Raises UsageError for what is wrong with the source or its rows, IncompleteError when more than
     `max_reject_share` of them had to be rejected.
@@ -126,21 +128,29 @@ def read_rows(
         raise UsageError("--prompt-column and --messages-column exclude each other", "keep one of them")
     if max_rows is not None and max_rows < 1:
         raise UsageError(f"--max-rows: expected at least 1, got {max_rows}")
-    records = open_source(source, split, max_rows, max_row_bytes)
+    records = open_source(source, split, max_rows if part == (1, 1) else None, max_row_bytes)
     if not len(records):
         raise UsageError(f"{printable(records.name)}: no rows in it", "a data file needs at least one row")
-    allowed = int(max_reject_share * len(records)) if on_bad_row == "reject" else 0
-    check = _Check(records, Schema(tuple(needs), columns), room=max(SHOWN, allowed))
-    for index in range(len(records)):
+    wanted = _wanted(len(records), part)[:max_rows]
+    if not wanted:
+        raise UsageError(f"{printable(records.name)}: {len(records)} rows make no {part[1]} parts", "use fewer parts")
+    allowed = int(max_reject_share * len(wanted)) if on_bad_row == "reject" else 0
+    check = _Check(records, wanted, Schema(tuple(needs), columns), room=max(SHOWN, allowed))
+    for index in wanted:
         check.add(index)
     check.reject_repeated_ids()
     check.refuse_missing_column()
     if check.bad_count and on_bad_row == "stop":
         raise UsageError(check.report(), "fix the rows, or pass --on-bad-row reject to set them aside")
     if check.bad_count > allowed or not check.kept:
-        share = f"{check.bad_count} of {len(records)} rows are bad, at most {max_reject_share:.2%} may be"
+        share = f"{check.bad_count} of {len(wanted)} rows are bad, at most {max_reject_share:.2%} may be"
         raise IncompleteError(f"{printable(records.name)}: {share}:\n{check.report()}", "fix the rows")
     return check.rows()
+
+
+def _wanted(count: int, part: tuple[int, int]) -> range:
+    number, parts = part
+    return range((number - 1) * count // parts, number * count // parts)
 
 
 class _Check:
@@ -149,8 +159,9 @@ class _Check:
     Holds numbers, not rows: 24 bytes a row, and for a moment 40 more while they are sorted.
     """
 
-    def __init__(self, records: Records, schema: Schema, room: int) -> None:
+    def __init__(self, records: Records, wanted: range, schema: Schema, room: int) -> None:
         self.records = records
+        self.wanted = wanted
         self.schema = schema
         self.room = room
         self.kept = array("Q")
@@ -214,11 +225,11 @@ class _Check:
     def refuse_missing_column(self) -> None:
         """A column that no row has is a wrong name, not a bad row."""
         for column, count in self._missing.items():
-            if count == len(self.records):
+            if count == len(self.wanted):
                 names = ", ".join(shown(name) for name in list(self._seen)[:SHOWN])
                 left_out = "".join(f"; {note}" for note in self.records.notes if "left out" in note)
                 raise UsageError(
-                    f"{self.records.where(0)} column {shown(column)}: no row has this column; "
+                    f"{self.records.where(self.wanted[0])} column {shown(column)}: no row has this column; "
                     f"there are: {names or 'none'}{left_out}",
                     self._column_hint(column),
                 )

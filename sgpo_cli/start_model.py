@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from sgpo_cli.errors import UsageError
-from sgpo_cli.loading import refusals
+from sgpo_cli.loading import load_tokenizer, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,30 @@ class StartModel:
         merged: PreTrainedModel = self.load_adapted(model, trainable=False).merge_and_unload()
         merged.requires_grad_(True)  # below an adapter it was frozen
         return merged.to(dtype)  # type: ignore[arg-type, no-any-return]  # wrapped without its signature
+
+    def load_reference(self, method: "Method", **kwargs: Any) -> PreTrainedModel:
+        """The model as the frozen reference of another that is trained with `method`, in the same number format."""
+        if self.adapter is None:
+            return self.load(method.dtype, method.quantization, **kwargs)
+        return self.load_merged(method.dtype, **kwargs)
+
+    def refuse_as_reference(self, method: "Method", vocabulary: dict[str, int]) -> None:
+        """Whether it can be the reference of a model with this vocabulary; nothing is loaded but its tokenizer.
+
+        Raises:
+            UsageError: it has other tokens, or it is an adapter beside a model in four or eight bits.
+        """
+        name = self.adapter or self.base
+        if self.adapter is not None and method.quantization is not None:
+            raise UsageError(
+                f"--ref-model {name}: an adapter cannot be merged into a quantised model",
+                "merge it first: sgpo merge",
+            )
+        if load_tokenizer(name).get_vocab() != vocabulary:
+            raise UsageError(
+                f"--ref-model {name}: its tokenizer has other tokens than the model that is trained",
+                "the reference has to come from the same base model",
+            )
 
 
 @dataclass(frozen=True)

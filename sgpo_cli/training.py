@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
 from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving, smoke, trainer_options
 from sgpo_cli.artifacts import write_atomically
+from sgpo_cli.configs import DpoConfig
 from sgpo_cli.errors import IncompleteError, UsageError
 from sgpo_cli.loading import end_tokens, generation_config, refusals
 from sgpo_cli.options import TrainConfig
@@ -39,7 +40,8 @@ CACHE = "cache"  # in the step's directory, until it is done
 class Job:
     """What is trained, from what, and how.
 
-    `counting` is the tokenizer as TRL will have changed it, `ends` the tokens that end a turn.
+    `counting` is the tokenizer as TRL will have changed it, `ends` the tokens that end a turn, `reference` DPO's
+    reference if it is another model than `start`.
     """
 
     config: TrainConfig
@@ -50,6 +52,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     counting: PreTrainedTokenizerBase
     ends: list[int]
+    reference: StartModel | None = None
 
 
 def train(
@@ -74,7 +77,7 @@ def train(
         Terminated: SIGTERM came; a checkpoint was saved.
     """
     if not rows:
-        raise IncompleteError(f"{config.dataset}: no row is left to train on ({dict(rejected)})")
+        raise IncompleteError(f"{', '.join(config.datasets)}: no row is left to train on ({dict(rejected)})")
     launch.use_all_gpus()
     job = prepare(config, step.directory)
     tokens = list(row_checks.tokenize(job.counting, rows, job.ends, config.chat_template_kwargs))
@@ -122,7 +125,17 @@ def prepare(config: TrainConfig, directory: Path) -> Job:
         tokenizer,
         counting,
         end_tokens(generation_config(start.base), counting),
+        _other_reference(config, method, counting),
     )
+
+
+def _other_reference(config: TrainConfig, method: Method, tokenizer: PreTrainedTokenizerBase) -> StartModel | None:
+    name = config.ref_model if isinstance(config, DpoConfig) else None
+    if name in (None, config.model_name_or_path):
+        return None
+    reference = StartModel.find(str(name))
+    reference.refuse_as_reference(method, tokenizer.get_vocab())
+    return reference
 
 
 def check(job: Job, tokens: Sequence[RowTokens]) -> tuple[Lengths, dict[str, Any]]:
@@ -139,7 +152,9 @@ def build(
 ) -> tuple[Trainer, checks.CheckReference | None]:
     """The trainer with its callbacks, and the check of the reference model if there is one."""
     args = job.args
-    reference = checks.CheckReference(args.loss_type) if isinstance(args, DPOConfig) else None
+    reference = None
+    if isinstance(args, DPOConfig):
+        reference = checks.CheckReference(args.loss_type, other=job.reference is not None)
     models = _models(job)
     trainer = _trainer_class(job)(
         **models,
@@ -201,6 +216,7 @@ def _models(job: Job) -> dict[str, Any]:
     given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     kwargs = {"attn_implementation": job.model_args.attn_implementation, **given}
     logger.info("%s: %s training, weights in %s", job.config.model_name_or_path, method.name, method.dtype)
+    frozen = {"ref_model": job.reference.load_reference(method, **kwargs)} if job.reference else {}
     if start.adapter is None:
         args.model_init_kwargs = {
             "dtype": str(method.dtype).removeprefix("torch."),
@@ -208,12 +224,14 @@ def _models(job: Job) -> dict[str, Any]:
             "use_safetensors": True,
             **kwargs,
         }
-        return {"model": start.base, "quantization_config": method.quantization, "peft_config": method.adapter}
+        trained = {"model": start.base, "quantization_config": method.quantization, "peft_config": method.adapter}
+        return trained | frozen
     args.model_init_kwargs = None
     if method.name != "full":  # TRL keeps a frozen copy of the adapter as the reference
-        return {"model": start.load_adapted(start.load(method.dtype, method.quantization, **kwargs), trainable=True)}
-    models = {"model": start.load_merged(method.dtype, **kwargs)}
-    if isinstance(args, DPOConfig):  # TRL would load the base model without the adapter
+        adapted = start.load_adapted(start.load(method.dtype, method.quantization, **kwargs), trainable=True)
+        return {"model": adapted} | frozen
+    models = {"model": start.load_merged(method.dtype, **kwargs)} | frozen
+    if isinstance(args, DPOConfig) and not frozen:  # TRL would load the base model without the adapter
         models["ref_model"] = start.load_merged(method.dtype, **kwargs)
     return models
 
