@@ -42,7 +42,7 @@ def sources(config: StageConfig) -> Iterator[tuple[str, str, str]]:
     for name, field in own_options(type(config)).items():
         kind, value = field.metadata["kind"], getattr(config, name)
         if kind in ("teacher", "judge"):
-            yield from _named_by(name, value)
+            yield from _named_by(name, value or "")
             continue
         for number, source in enumerate(value if isinstance(value, list) else [value]):
             if kind in ("data", "model", "answers") and source is not None and not _is_served(config, source, kind):

@@ -20,7 +20,7 @@ from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, open_engi
 from sgpo_cli.engines.base import AsksServer
 from sgpo_cli.errors import UsageError
 from sgpo_cli.generation import Lazy, Passes, seeds_for
-from sgpo_cli.score_functions import ScoreFunction, demo_rule, reward_model, users_function
+from sgpo_cli.score_functions import ScoreFunction, open_function
 from sgpo_cli.step import Step
 
 KINDS = "demo, hf:PATH_OR_NAME, openai:MODEL, reward:PATH_OR_NAME, MODULE:FUNCTION"
@@ -198,7 +198,4 @@ def open_judge(config: EvaluateConfig, step: Step, rows: Sequence[Row]) -> RuleJ
 
         key = config.judge_api_key_env, config.judge_api_key_file
         return LanguageModelJudge(connect(config, argument, config.judge_base_url, *key), judge_prompt(config), config)
-    if kind == "reward":
-        return RuleJudge(step, config.batch_size, lambda: reward_model(argument, model_tokens(argument), settings))
-    function = demo_rule(rows) if kind == "demo" else users_function(config.judge)
-    return RuleJudge(step, config.batch_size, lambda: function)
+    return RuleJudge(step, config.batch_size, open_function(config.judge, rows, settings))
