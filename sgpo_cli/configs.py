@@ -238,11 +238,11 @@ class CheckPolicyConfig(RemoteConfig):
     previous: str = option("The last good model.", kind="model")
     judge: str | None = option(f"Who judges: {SCORERS}. Default: the last good model as improver.", None, kind="judge")
     tolerance: Annotated[float, Ge(0)] = option("Judge's points that are no fall, even when they are certain.", 0.02)
-    max_lost_share: Share = option("Without a judge, broken above: answers that the improver finds worse.", 0.25)
+    max_lost_share: Share = option("Without a judge, broken above: answers that the improver finds worse.", 0.1)
     max_surprise: float = option(
         "Without a judge, broken above: log-perplexity under the last good model, above its own answers'.", 1.0
     )
-    max_bad_rise: Share = option("Broken above: more answers that are empty, cut, repetitive or the like.", 0.1)
+    max_bad_rise: Share = option("Broken above: more answers that are empty, cut, repetitive or the like.", 0.05)
     max_length_ratio: Annotated[float, Ge(1)] = option(
         "Broken beyond: typical length over the previous answer's.", 4.0
     )

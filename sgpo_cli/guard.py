@@ -85,8 +85,9 @@ def of_policy(found: Measures, limits: CheckPolicyConfig) -> Verdict:
 
     Args:
         found: `bad` shares by answers and model, `length_ratio`; with a judge `differences`: name -> (mean, low,
-            high) of new minus previous; without one `wins`, `ties`, `losses` of the new answers, and
-            `surprise` (nats per token, of the new answers more than of the previous ones).
+            high) of new minus previous; without one `wins`, `ties`, `losses` of the new answers, the same in
+            `improved` of the new model's improvements of them, and `surprise` (nats per token, of the new answers
+            more than of the previous ones).
     """
     contest = _judged_rules(found, limits) if "differences" in found else _unjudged_rules(found, limits)
     return _verdict([*contest, *_answer_rules(found, limits)])
@@ -104,12 +105,19 @@ def _judged_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:
 
 
 def _unjudged_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:
+    said = "the last good model prefers the {} in {} and the {} in {} cases"
     wins, losses = found["wins"], found["losses"]
-    said = f"the improver prefers the new answer in {wins} and the previous one in {losses} cases"
-    yield "broken", losses > max(limits.max_lost_share * (wins + losses + found["ties"]), wins), said
+    yield "broken", _lost(found, limits), said.format("new answer", wins, "previous one", losses)
+    wins, losses = found["improved"]["wins"], found["improved"]["losses"]
+    yield "spent", _lost(found["improved"], limits), said.format("improvement", wins, "new answer before it", losses)
     surprise = found["surprise"]
     text = f"the new answers are implausible to the last good model, by {surprise:.2f} nats a token"
     yield "broken", surprise > limits.max_surprise, text
+
+
+def _lost(found: Measures, limits: CheckPolicyConfig) -> bool:
+    compared = found["wins"] + found["ties"] + found["losses"]
+    return bool(found["losses"] > max(limits.max_lost_share * compared, found["wins"]))
 
 
 def _answer_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:

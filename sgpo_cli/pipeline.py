@@ -126,7 +126,7 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         again = fresh or name in redo
         if step.state == DONE and name not in redo:
             logger.info("%s: up to date", name)
-            _stop_if_unhealthy(book, step, ran)
+            _stop_if_unhealthy(book, step.spec, ran=ran)
             continue
         if step.state in (CHANGED, DAMAGED) and not again:
             kind = StaleError if step.state == CHANGED else IntegrityError
@@ -137,18 +137,24 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         anew = step.state in (STALE, CHANGED, DAMAGED) or name in redo
         _run_step(book, step.spec, [*flags, "--fresh"] if anew else flags)
         ran = True
-        _stop_if_unhealthy(book, step, ran)
+        _stop_if_unhealthy(book, step.spec, ran=ran, said=True)
     if ran or not (book.run_dir / REPORT).exists():
         _write_report(book)
 
 
-def _stop_if_unhealthy(book: recipe.Recipe, step: PlannedStep, ran: bool) -> None:
-    """What a check said stands in its manifest, so a later run stops there too."""
-    if _verdict(step.spec) == "healthy":
+def _stop_if_unhealthy(book: recipe.Recipe, spec: recipe.StepSpec, *, ran: bool, said: bool = False) -> None:
+    """What a check has found stands in its manifest, so a later run stops there too.
+
+    Args:
+        said: the step has just told its user.
+    """
+    if _verdict(spec) == "healthy":
         return
     if ran or not (book.run_dir / REPORT).exists():
         _write_report(book)
-    guard.refuse(Path(step.config.output_dir))
+    if said:
+        raise SystemExit(StoppedError.exit_code)
+    guard.refuse(Path(spec.options["output_dir"]))
 
 
 def _verdict(spec: recipe.StepSpec) -> str:

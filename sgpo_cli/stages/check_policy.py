@@ -109,22 +109,29 @@ def _preference(
     scorer = Scorer(config.previous, config.dtype, config.chat_template_kwargs)
     request, size = prompts.improver_request(config.previous, None), config.batch_size
     new, old = (said[who]["policy_sampled"] for who in ("model", "previous"))
+    improved = said["model"]["improver_greedy"]
 
     def do(number: int) -> dict[str, Any]:
         part = slice(number * size, (number + 1) * size)
         asked = [row["prompt"] for row in rows[part]]
-        texts = [[answer.text for answer in answers[part]] for answers in (new, old)]
-        ours, theirs = (scorer.score(asked, answers) for answers in texts)
+        better, after, before = ([answer.text for answer in answers[part]] for answers in (improved, new, old))
+        ours, theirs = scorer.score(asked, after), scorer.score(asked, before)
         surprises = [own.log_ppl - other.log_ppl for own, other in zip(ours, theirs, strict=True)]
-        found = [preferred(*pair) for pair in margins(scorer, request, asked, *texts)]
-        return {"rows": list(zip(found, surprises, strict=True)), "stats": {}}
+        contests = [(after, before), (better, after)]
+        found = [[preferred(*pair) for pair in margins(scorer, request, asked, *texts)] for texts in contests]
+        return {"rows": list(zip(*found, surprises, strict=True)), "stats": {}}
 
     with closing(Batches(step, "preference", len(rows), size, do)) as batches:
         batches.work("check-policy, preference")
         found = list(chain.from_iterable(batches.record(number)["rows"] for number in range(-(-len(rows) // size))))
-    counts = Counter(won for won, _ in found)
-    surprise = round(median(each for _, each in found), 4)
-    return {"wins": counts[1], "ties": counts[0], "losses": counts[-1], "surprise": surprise}
+    new_old, improved_new, surprises = zip(*found, strict=True)
+    surprise = {"surprise": round(median(surprises), 4)}
+    return _contest(new_old) | surprise | {"improved": _contest(improved_new)}
+
+
+def _contest(won: Sequence[int]) -> dict[str, Any]:
+    counts = Counter(won)
+    return {"wins": counts[1], "ties": counts[0], "losses": counts[-1]}
 
 
 def compared(scores: Scores, seed: int) -> dict[str, Any]:
