@@ -51,12 +51,13 @@ class Bench:
         code = self._sgpo(stage, *recipe, *flags, "--output-dir", self.own / name)
         return None if code == 3 else self.own / name
 
-    def score(self, name: str, model: Path) -> dict[str, float]:
+    def score(self, model: Path) -> dict[str, float]:
         """Mean scores on the held-out prompts, with half the 95 % interval."""
+        output = self.own / f"scores-{model.name}"
         flags = ["--models", model, "--dataset", self.heldout, "--judge", "demo", "--max-new-tokens", 56]
         answers = [part for answer in ("policy_sampled", "policy_greedy") for part in ("--answers", answer)]
-        self._sgpo("evaluate", *flags, *answers, "--batch-size", 200, "--output-dir", self.own / f"{name}-scores")
-        entries = json.loads((self.own / f"{name}-scores/metrics.json").read_text())["models"]
+        self._sgpo("evaluate", *flags, *answers, "--batch-size", 200, "--output-dir", output)
+        entries = json.loads((output / "metrics.json").read_text())["models"]
         found = {entry["decoding"]: entry["score"] for entry in entries}
         return found | {"half": max((entry["ci95"][1] - entry["ci95"][0]) / 2 for entry in entries)}
 
@@ -70,17 +71,18 @@ class Bench:
 
     def round(self, name: str, start: Path, pairs: Path | None, before: Path, **training: object) -> Row:
         """A DPO from `start`, checked before and after; `before` is the last good model."""
-        row: Row = {"seed": self.seed, "round": name, "start": self.score(f"{name}-before", before)}
+        row: Row = {"seed": self.seed, "round": name, "start": self.score(before)}
         if pairs is None:
             return row | {"verdicts": {}, "stopped": {"demo": True, "alone": True}, "why": "no pair was left"}
         model = self.step(f"{name}-m1", "m1", "dpo", model_name_or_path=start, dataset=pairs, **training)
         if model is None:
             raise SystemExit(3)
-        row["after"] = self.score(name, model)
+        row["after"] = self.score(model)
         row["verdicts"], row["stopped"], row["result"] = {}, {}, {}
         for judge in ("demo", None):
             first = self.check(name, "check-pairs", judge, "--dataset", pairs, "--policy", start, "--previous", before)
             common = ["--dataset", self.heldout, "--model", model, "--previous", before, "--max-new-tokens", 56]
+            common += ["--max-rows", 200]
             second = self.check(name, "check-policy", judge, *common, "--batch-size", 200)
             key = judge or "alone"
             healthy = first["verdict"] == "healthy"

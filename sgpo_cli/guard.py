@@ -3,7 +3,7 @@
 A repetition that nobody watches destroys a model: an improver that has nothing more to teach, or damages good
 answers, makes pairs that teach the wrong thing. `spent`: no harm is seen, but going on as before would do some.
 `broken`: harm is seen. Ties are no harm; of the pairs that are none, the better must be many more than the worse.
-The limits' defaults were found by experiment: benchmarks/guard.py.
+benchmarks/guard.py tries the limits' defaults on hostile and healthy rounds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
