@@ -225,6 +225,9 @@ class CheckPairsConfig(DataConfig):
     min_pairs: Count = option("Spent below: pairs.", 30)
     max_bad_share: Share = option("Broken above: pairs that were cut, empty or the like; repetitive texts.", 0.25)
     max_length_ratio: Annotated[float, Ge(1)] = option("Broken beyond: typical length of chosen over rejected.", 4.0)
+    min_log_prob_gap: float = option(
+        "Without a judge, broken below: log-probability per token, under the policy, of chosen above rejected.", -0.3
+    )
     batch_size: Count = option("Rows per batch.", 64)
     dtype: Dtype = option("Number format of the model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
     chat_template_kwargs: dict[str, Any] = option("Settings for the chat template.", {})

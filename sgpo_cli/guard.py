@@ -44,7 +44,8 @@ def _verdict(rules: Iterable[Rule]) -> Verdict:
 
 def of_pairs(found: Measures, limits: CheckPairsConfig) -> Verdict:
     """The verdict on pairs, from `wins`, `ties` and `losses` (counts of a sample; chosen against rejected),
-    `pairs`, `prompts` and `unusable` (counts of all), and the texts' `repetitive` and `length_ratio`.
+    `pairs`, `prompts` and `unusable` (counts of all), the texts' `repetitive` and `length_ratio`, and without a
+    judge `log_prob_gap` (nats per token under the policy, of chosen above rejected).
     """
     return _verdict([*_contest_rules(found, limits), *_text_rules(found, limits)])
 
@@ -73,6 +74,9 @@ def _text_rules(found: Measures, limits: CheckPairsConfig) -> Iterator[Rule]:
         unusable > limits.max_bad_share,
         f"{unusable:.1%} of the pairs were cut, empty or the like",
     )
+    gap = found.get("log_prob_gap", 0.0)  # a damaged improver may prefer its own texts; as policy it finds them odd
+    text = f"to the policy the chosen texts are implausible, by {-gap:.2f} nats a token"
+    yield "broken", gap < limits.min_log_prob_gap, text
     worse = found["repetitive"]["chosen"] - found["repetitive"]["rejected"]
     yield "broken", worse > limits.max_bad_share, f"{worse:.1%} more of the chosen texts repeat themselves"
     ratio = found["length_ratio"]

@@ -55,6 +55,7 @@ def test_wins_and_losses_that_were_seen_before_a_policy_rose_stood_or_fell(
         ({"pairs": 20}, "spent", "20 pairs, at least 30"),
         ({"pairs": 60, "identical": 1440}, "spent", "3.5% of 1500 answers were improved, 1440 came back unchanged"),
         ({"unusable": 700}, "broken", "46.7% of the pairs were cut"),
+        ({"log_prob_gap": -0.53}, "broken", "implausible, by 0.53 nats"),  # an improver with noise on its weights
         ({"length_ratio": 7.0}, "broken", "7.0 times as long"),
         ({"repetitive": {"chosen": 0.6, "rejected": 0.1}}, "broken", "50.0% more of the chosen texts"),
     ],
