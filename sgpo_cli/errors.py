@@ -57,6 +57,12 @@ class DivergedError(SgpoError):
     exit_code = 8
 
 
+class StoppedError(SgpoError):
+    """The guard stopped a round: its pairs or the model made from them would do harm; the last good model stands."""
+
+    exit_code = 9
+
+
 class LockedError(SgpoError):
     """Another process works on the same output directory."""
 

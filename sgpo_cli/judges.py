@@ -21,7 +21,7 @@ from sgpo_cli.engines.base import AsksServer
 from sgpo_cli.errors import UsageError
 from sgpo_cli.generation import Lazy, Passes, seeds_for
 from sgpo_cli.options import GenerateConfig
-from sgpo_cli.score_functions import ScoreFunction, demo_rule, reward_model, users_function
+from sgpo_cli.score_functions import ScoreFunction, open_function
 from sgpo_cli.step import Step
 
 KINDS = "demo, hf:PATH_OR_NAME, openai:MODEL, reward:PATH_OR_NAME, MODULE:FUNCTION"
@@ -209,14 +209,7 @@ def open_scorer(spec: str, config: GenerateConfig, step: Step, rows: Sequence[Ro
     Raises:
         UsageError: no such judge, or it cannot read the prompts.
     """
-    kind, _, argument = spec.partition(":")
-    if kind in LANGUAGE_MODELS or not (spec == "demo" or (kind and argument)):
-        raise UsageError(f"no scorer '{spec}'", "scorers: demo, reward:PATH_OR_NAME, MODULE:FUNCTION")
-    if kind == "reward":
-        settings = _settings(config)
-        return RuleJudge(step, config.batch_size, lambda: reward_model(argument, model_tokens(argument), settings))
-    function = demo_rule(rows) if spec == "demo" else users_function(spec)
-    return RuleJudge(step, config.batch_size, lambda: function)
+    return RuleJudge(step, config.batch_size, open_function(spec, rows, _settings(config)))
 
 
 def _settings(config: GenerateConfig) -> dict[str, Any]:

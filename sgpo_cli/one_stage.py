@@ -12,8 +12,12 @@ from sgpo_cli.options import GenerateConfig, StageConfig
 
 
 def run(stage: str, config: StageConfig, *, fresh: bool) -> None:
-    """Run one step, unless it is up to date."""
-    from sgpo_cli import artifacts, identity
+    """Run one step, unless it is up to date.
+
+    Raises:
+        StoppedError: it is a check, and what it has found, now or before, is not healthy.
+    """
+    from sgpo_cli import artifacts, guard, identity
     from sgpo_cli.errors import UsageError
     from sgpo_cli.ranks import Rank, SharedWorkDone, this_rank
     from sgpo_cli.step import Step
@@ -33,6 +37,7 @@ def run(stage: str, config: StageConfig, *, fresh: bool) -> None:
     step = Step(config.output_dir, identity.request_of(stage, config), fresh=fresh, rank=share)
     if step.is_complete():
         typer.echo(f"{config.output_dir}: up to date")
+        guard.refuse(step.directory)
         return
     if main_process:
         identity.check_inputs(config)
@@ -47,6 +52,7 @@ def run(stage: str, config: StageConfig, *, fresh: bool) -> None:
     manifest = artifacts.read_manifest(step.directory) if main_process else None
     if manifest is not None:  # a step may stop on purpose before its end
         _print_summary(Path(config.output_dir), manifest)
+        guard.refuse(step.directory)
 
 
 def dry_run(stage: str, config: StageConfig) -> None:
@@ -63,5 +69,7 @@ def _print_summary(directory: Path, manifest: dict[str, Any]) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.get("rejected", {}).items())
     rows = f"{manifest['rows_out']} of {manifest['rows_in']} rows" if "rows_in" in manifest else "done"
     typer.echo(f"{directory}: {rows}{f' (rejected: {dropped})' if dropped else ''}, {manifest['seconds']:.1f} s")
+    if manifest.get("verdict") == "healthy":
+        typer.echo("the guard says healthy")
     for line in manifest.get("report", []):
         typer.echo(line)

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sgpo_cli import artifacts, identity, recipe
-from sgpo_cli.errors import IntegrityError, StaleError, UsageError
+from sgpo_cli import artifacts, guard, identity, recipe
+from sgpo_cli.errors import IntegrityError, StaleError, StoppedError, UsageError
 from sgpo_cli.options import StageConfig
 from sgpo_cli.step import Step
 
@@ -105,6 +105,7 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
     Raises:
         UsageError: an input is missing.
         StaleError, IntegrityError: a step's options or files changed and `fresh` is not given.
+        StoppedError: a check's verdict, found now or in an earlier run, is not healthy.
         SystemExit: a step failed; the code is the step's.
     """
     if from_step is not None:
@@ -125,6 +126,7 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         again = fresh or name in redo
         if step.state == DONE and name not in redo:
             logger.info("%s: up to date", name)
+            _stop_if_unhealthy(book, step.spec, ran=ran)
             continue
         if step.state in (CHANGED, DAMAGED) and not again:
             kind = StaleError if step.state == CHANGED else IntegrityError
@@ -135,13 +137,54 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         anew = step.state in (STALE, CHANGED, DAMAGED) or name in redo
         _run_step(book, step.spec, [*flags, "--fresh"] if anew else flags)
         ran = True
+        _stop_if_unhealthy(book, step.spec, ran=ran, said=True)
     if ran or not (book.run_dir / REPORT).exists():
         _write_report(book)
+
+
+def _stop_if_unhealthy(book: recipe.Recipe, spec: recipe.StepSpec, *, ran: bool, said: bool = False) -> None:
+    """What a check has found stands in its manifest, so a later run stops there too.
+
+    Args:
+        said: the step has just told its user.
+    """
+    if _verdict(spec) == "healthy":
+        return
+    if ran or not (book.run_dir / REPORT).exists():
+        _write_report(book)
+    if said:
+        raise SystemExit(StoppedError.exit_code)
+    guard.refuse(Path(spec.options["output_dir"]))
+
+
+def _verdict(spec: recipe.StepSpec) -> str:
+    manifest = artifacts.read_manifest(Path(spec.options["output_dir"])) or {}
+    return str(manifest.get("verdict", "healthy"))
+
+
+def standing(book: recipe.Recipe, steps: list[PlannedStep]) -> dict[str, Any]:
+    """What the checks so far have said: `best`, the last good model, and `stopped`, the check that ended the run.
+
+    Empty while nothing has been checked. Paths are relative to the run's directory where they lie in it.
+    """
+    found: dict[str, Any] = {}
+    for step in steps:
+        manifest = artifacts.read_manifest(Path(step.config.output_dir)) if step.state == DONE else None
+        if not manifest or "verdict" not in manifest:
+            continue
+        best = Path(manifest["best"])
+        found["best"] = str(best.relative_to(book.run_dir) if best.is_relative_to(book.run_dir) else best)
+        if manifest["verdict"] != "healthy":
+            return found | {
+                "stopped": {"step": step.spec.name, "verdict": manifest["verdict"], "reasons": manifest["reasons"]}
+            }
+    return found
 
 
 def _write_report(book: recipe.Recipe) -> None:
     """The report of the run, by a process of its own: whatever becomes of it, the steps are done."""
     record = {"command": _command(book), "recipe": URL.sub(r"\1\2", book.path.read_text(encoding="utf-8"))}
+    record |= standing(book, plan(book))
     artifacts.write_atomically(book.run_dir / RUN, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     command = ["report", str(book.run_dir)]
     if subprocess.run([sys.executable, "-m", "sgpo_cli", *command], stdout=subprocess.DEVNULL).returncode == 0:
@@ -163,6 +206,8 @@ def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> N
     except BaseException:
         stop(process)
         raise
+    if code == StoppedError.exit_code and _verdict(spec) != "healthy":
+        return  # the check is done, and what it says ends the run
     if code != 0:
         what = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         print(f"step {spec.name} {what}; to continue: {_command(book)}", file=sys.stderr)
@@ -219,7 +264,14 @@ def print_status(book: recipe.Recipe) -> None:
         numbers = [str(manifest.get(key, "")) for key in ("rows_in", "rows_out")]
         table.add_row(step.spec.name, step.spec.stage, state, *numbers, dropped, str(manifest.get("seconds", "")))
     _print(table)
-    if any(step.state != DONE for step in steps):
+    found = standing(book, steps)
+    if "best" in found:
+        Console().print(f"best: {found['best']}", markup=False, highlight=False)
+    if "stopped" in found:
+        stopped = found["stopped"]
+        text = "\n  ".join([f"stopped by {stopped['step']}: {stopped['verdict']}", *stopped["reasons"]])
+        Console().print(text, markup=False, highlight=False)
+    elif any(step.state != DONE for step in steps):
         Console().print(f"to continue: {_command(book)}", markup=False, highlight=False)
 
 

@@ -9,10 +9,30 @@ from typing import Any
 
 from sgpo_cli.batches import Row
 from sgpo_cli.control_tokens import defused
+from sgpo_cli.dataset import model_tokens
 from sgpo_cli.errors import UsageError
 
 ScoreFunction = Callable[[Sequence[Row]], list[float | None]]
 """Rows with `id`, `prompt` and `response` in, a number each out; None for no valid verdict."""
+
+
+def open_function(spec: str, rows: Sequence[Row], settings: dict[str, Any]) -> Callable[[], ScoreFunction]:
+    """What opens the function that a judge's name stands for; loads no model yet.
+
+    Args:
+        rows: those to be judged about, so that a prompt which the demo's rule cannot read is refused before any work.
+        settings: `dtype` and `chat_template_kwargs` of a reward model.
+
+    Raises:
+        UsageError: no such judge, or none that scores by itself.
+    """
+    kind, _, argument = spec.partition(":")
+    if not (spec == "demo" or (kind and argument and kind not in ("demo", "hf", "openai"))):
+        raise UsageError(f"no judge '{spec}' here", "judges: demo, reward:PATH_OR_NAME, MODULE:FUNCTION")
+    if kind == "reward":
+        return lambda: reward_model(argument, model_tokens(argument), settings)
+    function = demo_rule(rows) if kind == "demo" else users_function(spec)
+    return lambda: function
 
 
 def demo_rule(rows: Iterable[Row]) -> ScoreFunction:

@@ -34,7 +34,7 @@ def test_every_sgpo_command_works_beside_a_finished_demo(demo: Path, command: st
     if not (demo / "recipes").exists():
         (demo / "recipes").symlink_to(ROOT / "recipes")
     result = run(demo, *arguments)
-    assert result.returncode in (0, 3), result.stderr  # a model of a few seconds may leave no good row
+    assert result.returncode in (0, 3, 9), result.stderr  # a model of a few seconds may leave no good row or pair
     assert "Traceback" not in result.stderr
 
 
