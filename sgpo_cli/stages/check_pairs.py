@@ -42,7 +42,7 @@ def run(config: CheckPairsConfig, step: Step) -> None:
         compared = [dict(found) for found, _ in outcomes]
         measures = {
             "by": "judge" if judge else "improver",
-            **_counts(Path(config.dataset), len(rows)),
+            **_counts(config.datasets, len(rows)),
             **_contest(compared),
             **_texts(sample),
         }
@@ -96,17 +96,16 @@ def _contest(compared: Sequence[Row]) -> dict[str, Any]:
     return found | ({"log_prob_gap": round(median(gaps), 4)} if gaps else {})
 
 
-def _counts(dataset: Path, pairs: int) -> dict[str, int]:
+def _counts(datasets: Sequence[str], pairs: int) -> dict[str, int]:
     """Pairs and what they were made from, where that is known."""
-    directory = step_of(dataset) if dataset.exists() else None
-    manifest = (read_manifest(directory) or {}) if directory else {}
-    dropped = manifest.get("rejected", {})
-    return {
-        "prompts": manifest.get("rows_in", pairs),
-        "pairs": pairs,
-        "identical": dropped.get("identical", 0),
-        "unusable": sum(dropped.get(reason, 0) for reason in UNUSABLE),
-    }
+    prompts, dropped = 0, Counter[str]()
+    for source in datasets:
+        directory = step_of(Path(source)) if Path(source).exists() else None
+        manifest = (read_manifest(directory) or {}) if directory else {}
+        prompts += manifest.get("rows_in", 0)
+        dropped.update(manifest.get("rejected", {}))
+    unusable = sum(dropped[reason] for reason in UNUSABLE)
+    return {"prompts": max(prompts, pairs), "pairs": pairs, "identical": dropped["identical"], "unusable": unusable}
 
 
 def _texts(sample: Sequence[Row]) -> dict[str, Any]:
