@@ -127,11 +127,11 @@ class Passes:
             seconds: dict[str, float] = {}
             with stopwatch(seconds, "generation_seconds"):
                 made = loaded.generate(conversations[rows], sampling, seeds[rows])
-            record = {"texts": [_packed(text) for text in made], "stats": seconds | token_counts(made)}
+            stats, reduced = seconds | token_counts(made), {}
             if isinstance(loaded, FitsMemory) and loaded.out_of_memory:
-                record["stats"]["out_of_memory"] = loaded.out_of_memory - before
-                record["batch_tokens"] = loaded.batch_tokens
-            return record
+                stats["out_of_memory"] = loaded.out_of_memory - before
+                reduced = {"batch_tokens": loaded.batch_tokens}
+            return {"texts": [_packed(text) for text in made], "stats": stats, **reduced}
 
         batches = Batches(self._step, name, total, size, do)
         self._open.callback(batches.close)

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def test_no_more_than_half_of_the_work_is_for_rows_that_have_ended(monkeypatch: 
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The lengths of the prompts in each batch that is decoded."""
     from sgpo_cli.engines import transformers
 
@@ -87,7 +86,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         return decode(model, prompts, *args)
 
     monkeypatch.setattr(transformers, "decode", noted)
-    yield seen
+    return seen
 
 
 def test_batches_hold_prompts_of_a_length_and_change_no_text(base: Path, batches: list[list[int]]) -> None:
