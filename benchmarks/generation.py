@@ -1,12 +1,14 @@
 """Rows per second of generation: our engines against the tools they are made of.
 
     sgpo make-demo --num-prompts 6000 --output-dir runs/many
-    python benchmarks/generation.py --model runs/demo/improver --prompts runs/many/prompts/train.jsonl \\
-        --contenders sgpo-vllm vllm-chat vllm-in-process --python vllm=.venv-vllm/bin/python
+    SGPO_VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/generation.py \\
+        --model runs/demo/improver --prompts runs/many/prompts/train.jsonl
 
 Every contender is a process that has loaded its model and warmed up; they take turns on the same prompts, and
 each round has prompts of its own, so that no cache knows them. Whoever waits is stopped (SIGSTOP): some poll.
-Writes `benchmarks/generation.json`: rows/s per round, medians, and ratios to the first contender by round.
+Ours go the way of a stage, journal included. Then the same prompts by `sgpo gen-pairs` with one rank and with two,
+a thread each: seconds of the step by its manifest, and whether the rows are the same.
+Writes `benchmarks/generation.json`: rows/s per round, medians, and the ratio of each to the others by round.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,23 +36,58 @@ Generate = Callable[[list[Messages], list[int]], int]
 
 
 def ours(engine: str) -> Callable[[argparse.Namespace], Generate]:
-    """The engine as a stage opens it, given `batch_size` rows at a time."""
+    """A pass of a stage: `batch_size` rows at a time, journaled."""
 
     def open_it(arguments: argparse.Namespace) -> Generate:
+        from sgpo_cli import identity, recipe
         from sgpo_cli.engines import Sampling, open_engine
+        from sgpo_cli.generation import Passes
+        from sgpo_cli.step import Step
 
         options = {"engine_options": arguments.engine_options} if engine == "vllm" else {}
         opened = open_engine(engine, arguments.model, **options)
         sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
         def generate(conversations: list[Messages], seeds: list[int]) -> int:
-            slices = [slice(at, at + arguments.batch_size) for at in range(0, len(seeds), arguments.batch_size)]
-            made = [text for rows in slices for text in opened.generate(conversations[rows], sampling, seeds[rows])]
-            return sum(text.completion_tokens for text in made)
+            with tempfile.TemporaryDirectory() as directory:
+                named = {"output_dir": directory, "policy": arguments.model, "dataset": arguments.prompts}
+                request = identity.request_of("gen-pairs", recipe.build_config("gen-pairs", named, "benchmark"))
+                with Step(Path(directory), request) as step, Passes(step, arguments.batch_size) as passes:
+                    made = passes.generate("policy", opened, conversations, sampling, seeds)
+                    return sum(text.completion_tokens for text in made)
 
         return generate
 
     return open_it
+
+
+def generate_8(arguments: argparse.Namespace) -> Generate:
+    """transformers' `generate` in input order with batches of 8, as the SPIN script does it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    sampled = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+    options = sampled if arguments.temperature else {"do_sample": False}
+
+    def generate(conversations: list[Messages], seeds: list[int]) -> int:
+        torch.manual_seed(seeds[0])
+        tokens = 0
+        for first in range(0, len(seeds), 8):
+            texts = tokenizer.apply_chat_template(
+                conversations[first : first + 8], tokenize=False, add_generation_prompt=True
+            )
+            inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            with torch.inference_mode():
+                made = model.generate(**ids, max_new_tokens=arguments.max_new_tokens, **options)
+            new = made[:, inputs.input_ids.shape[1] :]
+            tokenizer.batch_decode(new, skip_special_tokens=True)
+            tokens += int((new != tokenizer.pad_token_id).sum())
+        return tokens
+
+    return generate
 
 
 def vllm_chat(arguments: argparse.Namespace) -> Generate:
@@ -92,11 +130,13 @@ def _parameters(arguments: argparse.Namespace, seeds: list[int], **more: Any) ->
 
 CONTENDERS: dict[str, tuple[str, Callable[[argparse.Namespace], Generate]]] = {
     "sgpo-transformers": ("", ours("transformers")),
+    "generate-8": ("", generate_8),
     "sgpo-vllm": ("vllm", ours("vllm")),
     "vllm-chat": ("vllm", vllm_chat),
     "vllm-in-process": ("vllm", vllm_in_process),
 }
 """Name: (the environment it needs, what opens it)."""
+DEFAULT = ["sgpo-transformers", "generate-8", "sgpo-vllm", "vllm-chat"]
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -180,25 +220,58 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         for worker in workers:
             worker.end()
-    first = rates[arguments.contenders[0]]
     return {
         worker.name: {
             "rows_per_second": round(statistics.median(rates[worker.name]), 1),
             "tokens_per_second": round(statistics.median(tokens[worker.name])),
             "rounds": [round(rate, 1) for rate in rates[worker.name]],
-            "ratio": round(statistics.median(a / b for a, b in zip(first, rates[worker.name], strict=True)), 3),
+            "times": {
+                other: round(statistics.median(a / b for a, b in zip(rates[worker.name], theirs, strict=True)), 3)
+                for other, theirs in rates.items()
+                if other != worker.name
+            },
             "versions": worker.versions,
         }
         for worker in workers
     }
 
 
+def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """gen-pairs of `--rank-rows` prompts by one rank and by two, in turn: seconds of the step, and its rows."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launches = {"one": [sys.executable], "two": torchrun}
+    seconds: dict[str, list[float]] = {name: [] for name in launches}
+    digests = set()
+    for number in range(arguments.rounds):
+        for name, launch in launches.items() if number % 2 else reversed(launches.items()):
+            with tempfile.TemporaryDirectory() as directory:
+                options = {
+                    "policy": arguments.model,
+                    "dataset": arguments.prompts,
+                    "max_rows": arguments.rank_rows,
+                    "max_new_tokens": arguments.max_new_tokens,
+                    "batch_size": arguments.rank_batch_size,
+                    "max_length_ratio": 8,
+                    "output_dir": directory + "/pairs",
+                }
+                flags = [text for key, value in options.items() for text in ("--" + key.replace("_", "-"), str(value))]
+                command = [*launch, "-m", "sgpo_cli", "gen-pairs", *flags]
+                subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                manifest = json.loads(Path(directory, "pairs", "manifest.json").read_text())
+            seconds[name].append(manifest["seconds"])
+            digests.add(manifest["outputs"]["train.jsonl"]["sha256"])
+    speedup = statistics.median(one / two for one, two in zip(seconds["one"], seconds["two"], strict=True))
+    same = len(digests) == 1
+    return {"rows": arguments.rank_rows, "seconds": seconds, "two_over_one": round(speedup, 3), "same_rows": same}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", required=True, help="JSON lines; `rows` of them for each round and the warm-up")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["sgpo-vllm", "vllm-chat"])
-    parser.add_argument("--python", nargs="*", default=[], metavar="vllm=PATH", help="the Python of an environment")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
+    vllm = [f"vllm={path}" for path in [os.environ.get("SGPO_VLLM_PYTHON")] if path]
+    parser.add_argument("--python", nargs="*", default=vllm, metavar="vllm=PATH", help="the Python of an environment")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1000)
@@ -206,6 +279,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--engine-options", type=json.loads, default=ON_CPU, help="for all that is vLLM, as JSON")
+    parser.add_argument("--rank-rows", type=int, default=6000, help="prompts for one and two ranks; 0: none")
+    parser.add_argument("--rank-batch-size", type=int, default=512)
     parser.add_argument("--output", default="generation")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -216,11 +291,14 @@ def main() -> None:
 
     kept = ("contenders", "rows", "rounds", "batch_size", "max_new_tokens", "temperature", "top_p", "engine_options")
     results = compare(arguments)
-    machine.write(arguments.output, {"settings": {key: getattr(arguments, key) for key in kept}, "results": results})
+    settings = {key: getattr(arguments, key) for key in kept}
+    both = ranks(arguments) if arguments.rank_rows else None
+    machine.write(arguments.output, {"settings": settings, "results": results, "ranks": both})
     for name, result in results.items():
-        print(
-            f"{name:20} {result['rows_per_second']:8.1f} rows/s; {arguments.contenders[0]} is {result['ratio']:.2f}x"
-        )
+        times = ", ".join(f"{ratio:.2f} x {other}" for other, ratio in result["times"].items())
+        print(f"{name:20} {result['rows_per_second']:8.1f} rows/s: {times}")
+    if both:
+        print(f"two ranks: {both['two_over_one']:.2f} x one; the same rows: {both['same_rows']}")
 
 
 if __name__ == "__main__":

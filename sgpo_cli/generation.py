@@ -6,12 +6,13 @@ rows at a time, and each answer is kept by the content of its request.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, overload
 
 from sgpo_cli.batches import Batches, Row, derive_seed
 from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, token_counts
-from sgpo_cli.engines.base import AsksServer, Message
+from sgpo_cli.engines.base import AsksServer, FitsMemory, Message
 from sgpo_cli.progress import stopwatch
 from sgpo_cli.ranks import SharedWorkDone
 from sgpo_cli.remote.paid import Paid
@@ -57,17 +58,22 @@ class Passes:
         self._step, self._size = step, size
         self._open = ExitStack()
         self._paid: Paid | None = None
-        self._local: list[Texts] = []
+        self._local: dict[str, Texts] = {}
         self._asked: dict[str, Any] = {}
+        self._sampling: dict[str, Any] = {}
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What the passes took and cost, all ranks together; for the main one."""
+        """What the passes took and cost, all ranks together, and how each sampled; for the main one."""
         added: dict[str, Any] = {}
-        for texts in self._local:
-            for name, value in texts.stats().items():
-                added[name] = round(added.get(name, 0) + value, 3)
-        return added | self._asked
+        reduced: dict[str, int] = {}
+        for name, texts in self._local.items():
+            for key, value in texts.stats().items():
+                added[key] = round(added.get(key, 0) + value, 3)
+            if (tokens := texts.reduced_to()) is not None:
+                reduced[name] = tokens
+        batches = {"batch_tokens": reduced} if reduced else {}
+        return {**added, **batches, "sampling": self._sampling, **self._asked}
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +92,7 @@ class Passes:
         seeds: Sequence[int],
     ) -> Sequence[Generation]:
         """A text per conversation, read from disk when it is asked for."""
+        self._sampling[name] = asdict(sampling)
         if isinstance(engine, AsksServer):
             if not self._step.rank.is_main:
                 raise SharedWorkDone  # many requests at a time need one process only
@@ -115,18 +122,22 @@ class Passes:
 
         def do(number: int) -> dict[str, Any]:
             rows = slice(number * size, (number + 1) * size)
-            if isinstance(engine, LazyEngine):
-                engine.load()  # not on the clock of generation
+            loaded = engine.load() if isinstance(engine, LazyEngine) else engine  # not on the clock of generation
+            before = loaded.out_of_memory if isinstance(loaded, FitsMemory) else 0
             seconds: dict[str, float] = {}
             with stopwatch(seconds, "generation_seconds"):
-                made = engine.generate(conversations[rows], sampling, seeds[rows])
-            return {"texts": [_packed(text) for text in made], "stats": seconds | token_counts(made)}
+                made = loaded.generate(conversations[rows], sampling, seeds[rows])
+            stats, reduced = seconds | token_counts(made), {}
+            if isinstance(loaded, FitsMemory) and loaded.out_of_memory:
+                stats["out_of_memory"] = loaded.out_of_memory - before
+                reduced = {"batch_tokens": loaded.batch_tokens}
+            return {"texts": [_packed(text) for text in made], "stats": stats, **reduced}
 
         batches = Batches(self._step, name, total, size, do)
         self._open.callback(batches.close)
         batches.work(self._label(name))
         texts = Texts(batches, total, size)
-        self._local.append(texts)
+        self._local[name] = texts
         return texts
 
 
@@ -155,6 +166,11 @@ class Texts(Sequence[Generation]):
             for name, value in self._batches.record(number)["stats"].items():
                 added[name] = added.get(name, 0) + value
         return added
+
+    def reduced_to(self) -> int | None:
+        """The tokens of a batch after the last time that memory ran out; None if it never did."""
+        records = map(self._batches.record, range(-(-self._length // self._size)))
+        return min((record["batch_tokens"] for record in records if "batch_tokens" in record), default=None)
 
     def _text(self, place: int) -> Generation:
         number, offset = divmod(place, self._size)

@@ -118,7 +118,10 @@ class GenerateConfig(DataConfig):
     engine_options: dict[str, Any] = option(
         "For vllm: arguments of its engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.8}.", {}
     )
-    batch_size: Count = option("Rows per batch; a batch is the unit of work that a stop can cost.", 64)
+    batch_size: Count = option(
+        "Rows that are handed to the engine together; what a stop can cost. The engine cuts them to fit into memory.",
+        512,
+    )
     max_new_tokens: Count = option("Longest text to generate, in tokens; a text cut there is rejected.", 1024)
     temperature: Temperature = option("Sampling temperature of the policy; 0 is greedy.", 1.0)
     top_p: TopP = option("Nucleus sampling of the policy.", 1.0)

@@ -88,7 +88,7 @@ class TestEngine:
         import torch
 
         from sgpo_cli.engines import Sampling
-        from sgpo_cli.engines.transformers import RowSampling
+        from sgpo_cli.engines.decoding import RowSampling
 
         scores = torch.tensor([2.0, 0.0, 1.0, -1.0, -torch.inf])
         for sampling, expected in (

@@ -63,6 +63,16 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class FitsMemory(Protocol):
+    """An engine that makes smaller batches, for the rest of its life, when memory runs out."""
+
+    batch_tokens: int
+    """Rows times the longest prompt with the longest text, of one batch."""
+    out_of_memory: int
+    """How often it ran out so far."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a server was asked for: the texts, read from disk, and what to record of it."""

@@ -1,55 +1,31 @@
-"""Generation with transformers' `generate`, in this process.
+"""Generation with transformers, in this process: rows ordered by length, in batches that fit into memory."""
 
-Padding is on the left and every sampling field is set here: right padding gives wrong tokens with only a
-warning, and a checkpoint's generation_config would otherwise decide the temperature.
-"""
-
+import gc
+import logging
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, PreTrainedModel
 
 from sgpo_cli.engines.base import Generation, Message, Sampling
-from sgpo_cli.errors import UsageError
+from sgpo_cli.engines.decoding import decode
+from sgpo_cli.errors import ResourceError, UsageError
 from sgpo_cli.loading import end_tokens, load_model, load_tokenizer, prompt_ids
 
-
-class RowSampling(LogitsProcessor):
-    """Draws each row's next token with the row's own random numbers, and leaves only that one possible.
-
-    `generate` draws for the whole batch from one global generator, so a text depends on its neighbours;
-    here, up to rounding in the model, it depends on its prompt and seed alone. One uniform number per
-    token, by inversion of the cumulative distribution.
-    """
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        draws = [np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds]
-        self._draws = iter(torch.from_numpy(np.stack(draws, axis=1)))
-        self._warpers: list[Any] = []
-        if sampling.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores [rows, vocabulary] in; the same shape out, 0 for the drawn token and -inf for the others."""
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
-        cumulative = scores.float().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
-        draw = next(self._draws).to(total)[:, None] * total
-        # Below the total even where rounding met it: a token beyond it has no probability.
-        draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
-        token = torch.searchsorted(cumulative, draw, right=True)
-        return torch.full_like(scores, -math.inf).scatter(-1, token, 0.0)  # type: ignore[return-value]
+logger = logging.getLogger(__name__)
+BATCH_ROWS = 256  # with more, a small model on a CPU is slower again (benchmarks/generation.py)
+MEMORY_SHARE = {"cuda": 0.8, "cpu": 0.5}
 
 
 class TransformersEngine:
-    """A local or Hub model, on the accelerator if there is one."""
+    """A local or Hub model, or a LoRA adapter over one, on the accelerator if there is one.
+
+    `batch_tokens` is what a batch may hold, in tokens: rows times the longest prompt with the longest text.
+    When memory runs out it is halved, for as long as the engine lives; `out_of_memory` counts how often.
+    """
 
     def __init__(
         self,
@@ -66,38 +42,66 @@ class TransformersEngine:
         self._context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
         self._end = end_tokens(self._model.generation_config, self._tokenizer)
         self._model.generation_config = GenerationConfig()  # nothing of the checkpoint's own may leak in
+        self._name, self.batch_tokens, self.out_of_memory = model, affordable_tokens(self._model), 0
+        logger.info(
+            "%s: %s on %s, %s attention, up to %d rows and %d tokens at a time",
+            model,
+            str(self._model.dtype).removeprefix("torch."),
+            self._model.device.type,
+            self._model.config._attn_implementation,
+            BATCH_ROWS,
+            self.batch_tokens,
+        )
 
     def generate(
         self, conversations: Sequence[list[Message]], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Generation]:
         prompts = prompt_ids(self._tokenizer, conversations, **self._template)
-        fitting = [number for number, ids in enumerate(prompts) if len(ids) < self._context]
-        made = iter(self._generate([prompts[n] for n in fitting], sampling, [seeds[n] for n in fitting]))
-        return [next(made) if len(ids) < self._context else Generation("", "too_long", len(ids)) for ids in prompts]
+        made = {row: Generation("", "too_long", len(ids)) for row, ids in enumerate(prompts)}
+        # Prompts of a length together need little padding; the longest first, so what does not fit shows at once.
+        fitting = (row for row, ids in enumerate(prompts) if len(ids) < self._context)
+        waiting = sorted(fitting, key=lambda row: -len(prompts[row]))
+        while waiting:
+            room = self.batch_tokens // (len(prompts[waiting[0]]) + sampling.max_new_tokens)
+            batch = waiting[: min(max(room, 1), BATCH_ROWS)]
+            new = self._decode([prompts[row] for row in batch], sampling, [seeds[row] for row in batch])
+            if new is None:
+                continue
+            for row, ids in zip(batch, new, strict=True):
+                made[row] = self._read(ids, len(prompts[row]))
+            del waiting[: len(batch)]
+        return [made[row] for row in range(len(prompts))]
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
-        if not prompts:
-            return []
-        inputs = self._tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        inputs = inputs.to(self._model.device)
-        with torch.inference_mode():
-            output = self._model.generate(  # type: ignore[operator]
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                generation_config=self._config(sampling),
-                logits_processor=LogitsProcessorList([RowSampling(sampling, seeds)] if sampling.temperature else []),
+    def _decode(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[int]] | None:
+        """New tokens per row; None if memory ran out, and smaller batches are to be made from now on.
+
+        Raises:
+            ResourceError: it ran out with a single row.
+        """
+        try:
+            return decode(self._model, prompts, sampling, seeds, self._end, int(self._tokenizer.pad_token_id))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(prompts) == 1:
+            raise ResourceError(
+                f"{self._name}: out of memory with one prompt of {len(prompts[0])} tokens and up to "
+                f"{sampling.max_new_tokens} new ones",
+                "lower --max-new-tokens, give a smaller number format (--dtype bfloat16), or use a larger machine",
             )
-        new = output[:, inputs.input_ids.shape[1] :].tolist()
-        return [self._read(ids, len(prompt)) for ids, prompt in zip(new, prompts, strict=True)]
-
-    def _config(self, sampling: Sampling) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=False,  # what is random is RowSampling's
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self._end,
-            pad_token_id=self._tokenizer.pad_token_id,
-            use_cache=True,
+        gc.collect()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.out_of_memory += 1
+        # Half of what was tried: what is allowed may be far more.
+        self.batch_tokens = len(prompts) // 2 * (len(prompts[0]) + sampling.max_new_tokens)
+        logger.warning(
+            "%s: out of memory with %d rows; from here on %d tokens at a time",
+            self._name,
+            len(prompts),
+            self.batch_tokens,
         )
+        return None
 
     def _read(self, ids: list[int], prompt_tokens: int) -> Generation:
         """The text up to the first end token; rows that end early are padded behind it."""
@@ -105,3 +109,30 @@ class TransformersEngine:
         text = str(self._tokenizer.decode(ids[:length], skip_special_tokens=True))
         ended = length < len(ids)
         return Generation(text, "stop" if ended else "length", prompt_tokens, min(length + 1, len(ids)))
+
+
+def affordable_tokens(model: PreTrainedModel) -> int:
+    """How many tokens memory has room for: their keys and values, and one layer's activations of prompts.
+
+    On a GPU by what is free; on a CPU by what the machine has, so that batches are the same in every run.
+    """
+    config, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    queries = getattr(config, "num_attention_heads", 0)  # a state-space model has none
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // max(queries, 1)
+    cached = 2 * config.num_hidden_layers * heads * head_width
+    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    activations = 4 * config.hidden_size + 3 * widest
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - model.get_memory_footprint()
+    return max(int(MEMORY_SHARE[model.device.type] * free / (itemsize * (cached + activations))), 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator said no: torch's on a GPU, and on a CPU torch's, C++'s or Python's."""
+    said = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    )

@@ -203,7 +203,7 @@ def _bills(stats: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, A
 
     The cost that a pass tells is that of the whole step so far, so it is told once.
     """
-    local = {name: value for name, value in stats.items() if not isinstance(value, dict)}
+    local = {name: value for name, value in stats.items() if not isinstance(value, dict) or "url" not in value}
     served: dict[str, dict[str, Any]] = {}
     for name, facts in stats.items():
         if name in local:
