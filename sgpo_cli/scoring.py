@@ -78,7 +78,7 @@ class Scorer:
         sums = [0.0] * len(rows)
         while left:
             longest = len(rows[left[-1]].ids)
-            part = left[-max(self.token_budget // longest, 1) :]
+            part = left[-max(self.token_budget // max(longest, 1), 1) :]
             try:
                 found = self._sums([rows[place] for place in part])
             except (RuntimeError, MemoryError) as error:
@@ -96,9 +96,9 @@ class Scorer:
         turns = [{"role": "assistant", "content": completion} for completion in completions]
         whole = [[*prompt, turn] for prompt, turn in zip(prompts, turns, strict=True)]
         asked = self._ids(list(prompts), add_generation_prompt=True)
-        # The first token of all has no prediction.
         pairs = zip(asked, self._ids(whole, add_generation_prompt=False), strict=True)
-        return [_Sequence(full, max(_common_prefix(first, full), 1)) for first, full in pairs]
+        # The first token of all has no prediction.
+        return [_Sequence(full, max(_common_prefix(first, full), min(len(full), 1))) for first, full in pairs]
 
     def _ids(self, conversations: list[list[Message]], **settings: Any) -> list[list[int]]:
         texts = self._tokenizer.apply_chat_template(conversations, tokenize=False, **settings, **self._template)

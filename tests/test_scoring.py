@@ -14,8 +14,8 @@ from sgpo_cli.stages.filter_ppl import rule
 PROMPTS, TEXTS = [chat(n) for n in range(20)], [sentence(n + 2) for n in range(20)]
 
 
-def plain_log_ppl(model: Any, tokenizer: Any, prompt: list[dict[str, str]], text: str) -> float:
-    """Of one row by itself, all logits at once."""
+def plain_log_ppl(model: Any, tokenizer: Any, prompt: list[dict[str, str]], text: str) -> tuple[float, list[int]]:
+    """Of one row by itself, all logits at once; and the tokens that count."""
     import torch
 
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -23,7 +23,7 @@ def plain_log_ppl(model: Any, tokenizer: Any, prompt: list[dict[str, str]], text
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, len(asked) - 1 : -1]
     picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[len(asked) :])[:, None])
-    return -float(picked.mean())
+    return -float(picked.mean()), ids[len(asked) :]
 
 
 @pytest.mark.model
@@ -38,8 +38,10 @@ class TestScorer:
         scorer.token_budget = budget
         tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
         for prompt, text, score in zip(PROMPTS, TEXTS, scorer.score(PROMPTS, TEXTS), strict=True):
-            expected = math.exp(plain_log_ppl(model, tokenizer, prompt, text))
-            assert math.exp(score.log_ppl) == pytest.approx(expected, rel=1e-5)
+            expected, tokens = plain_log_ppl(model, tokenizer, prompt, text)
+            assert math.exp(score.log_ppl) == pytest.approx(math.exp(expected), rel=1e-5)
+            assert score.tokens == len(tokens)
+            assert tokenizer.eos_token_id in tokens
 
     def test_logits_are_made_for_what_counts_only_and_a_chunk_at_a_time(
         self, base: Path, monkeypatch: pytest.MonkeyPatch
