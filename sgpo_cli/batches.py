@@ -92,14 +92,25 @@ class Batches:
 Work = Callable[[list[Row]], BatchResult]
 
 
-def run_batches(step: Step, rows: Sequence[Row], size: int, work: Work) -> tuple[Iterator[Outcome], dict[str, float]]:
+class Outcomes(Iterable[Outcome]):
+    """The outcomes of all rows in their order, read from the journal one batch at a time, as often as asked for."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __iter__(self) -> Iterator[Outcome]:
+        for number in range(self._count):
+            yield from self._batches.record(number)["rows"]
+
+
+def run_batches(step: Step, rows: Sequence[Row], size: int, work: Work) -> tuple[Outcomes, dict[str, float]]:
     """Do what the journal does not hold yet, then give all outcomes in the order of the rows.
 
     Args:
         work: takes the rows of a batch; called once per missing batch.
 
     Returns:
-        the outcomes, read from the journal one batch at a time, and the added-up stats.
+        the outcomes, and the added-up stats.
     """
     batches = -(-len(rows) // size)
 
@@ -118,6 +129,4 @@ def run_batches(step: Step, rows: Sequence[Row], size: int, work: Work) -> tuple
         for number in range(batches):
             for name, value in shared.record(number)["stats"].items():
                 stats[name] = stats.get(name, 0) + value
-    rounded = {name: round(value, 3) for name, value in stats.items()}
-    records = map(shared.record, range(batches))
-    return ((row, reason) for record in records for row, reason in record["rows"]), rounded
+    return Outcomes(shared, batches), {name: round(value, 3) for name, value in stats.items()}

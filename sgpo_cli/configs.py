@@ -97,7 +97,7 @@ class FilterPplConfig(DataConfig):
     quantile: Share = option("For quantile: the share of rows to keep.", 0.9)
     max_ppl: Annotated[float, Gt(0)] = option("For max: the highest perplexity to keep.", 100.0)
     max_gap: float = option("For gap: the largest difference of log-perplexities to keep.", 2.0)
-    batch_size: Count = option("Rows per batch.", 64)
+    batch_size: Count = option("Rows that are sorted by length and scored together.", 512)
     dtype: Dtype = option("Number format of the model: auto (the checkpoint's), float32, bfloat16 ...", "auto")
     chat_template_kwargs: dict[str, Any] = option("Settings for the chat template.", {})
 

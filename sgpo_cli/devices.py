@@ -1,4 +1,4 @@
-"""Which GPUs belong to one of several processes on the same machine."""
+"""Which GPUs belong to one of several processes on the same machine, and how a device says that it is full."""
 
 from sgpo_cli.errors import UsageError
 
@@ -23,3 +23,10 @@ def own_devices(visible: str, local_rank: int, count: int) -> str:
             "start fewer ranks, or use fewer GPUs for each (tensor_parallel_size)",
         )
     return ",".join(own)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory has run out: Python's, or torch's on a CPU or a GPU."""
+    # On a CPU torch says "can't allocate memory" (DefaultCPUAllocator), on a GPU "CUDA out of memory".
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said

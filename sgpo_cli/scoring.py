@@ -1,5 +1,6 @@
 """Log-probabilities of texts under a model: the only tensor code that is ours."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +8,13 @@ from typing import Any
 
 import torch
 
-from sgpo_cli.loading import load_model, load_tokenizer, template_ids
+from sgpo_cli.devices import is_out_of_memory
+from sgpo_cli.loading import load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
+TOKEN_BUDGET = 8192  # tokens of one forward pass, padding included; on a CPU, more is no faster
 CHUNK_TOKENS = 1024  # positions whose logits exist at the same time: 0.6 GB in fp32 at 150k vocabulary
 
 
@@ -26,14 +31,26 @@ class Score:
         return -self.log_prob / self.tokens if self.tokens else math.nan
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """Token ids of a whole conversation, and the place of the first one that counts."""
+
+    ids: list[int]
+    start: int
+
+
 class Scorer:
     """Scores completions under one model.
 
     Completion tokens are counted as TRL's SFT does: those after the longest common token prefix of the
     rendered prompt and the rendered conversation, so the end-of-turn token belongs to the completion.
+
+    `token_budget` is how many tokens go through the model together; it is halved when memory runs out, and
+    `shrunk` says how often that was.
     """
 
     def __init__(self, model: str, dtype: str = "auto", chat_template_kwargs: dict[str, Any] | None = None) -> None:
+        self.token_budget, self.shrunk = TOKEN_BUDGET, 0
         self._template = chat_template_kwargs or {}
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype)
@@ -47,44 +64,85 @@ class Scorer:
         made = self._model.get_output_embeddings()(hidden)
         return torch.allclose(made.float(), self._model(input_ids=ids).logits.float(), atol=1e-3, rtol=1e-3)
 
-    @torch.inference_mode()
     def score(self, prompts: Sequence[list[Message]], completions: Sequence[str]) -> list[Score]:
-        """One score per pair of prompt and completion; order and batch composition change nothing."""
-        pairs = [self._tokens(*pair) for pair in zip(prompts, completions, strict=True)]
-        longest = max(len(ids) for ids, _ in pairs)
-        ids = torch.full((len(pairs), longest), self._tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, (tokens, _) in enumerate(pairs):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        inputs = {"input_ids": ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
+        """One score per pair of prompt and completion; order and batch composition change nothing.
+
+        Rows of similar length go through the model together, the longest first: if memory does not suffice,
+        that shows at once.
+
+        Raises:
+            RuntimeError, MemoryError: memory does not suffice for a single row.
+        """
+        rows = self._tokenize(prompts, completions)
+        left = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
+        sums = [0.0] * len(rows)
+        while left:
+            longest = len(rows[left[-1]].ids)
+            part = left[-max(self.token_budget // max(longest, 1), 1) :]
+            try:
+                found = self._sums([rows[place] for place in part])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                self.token_budget, self.shrunk = len(part) * longest // 2, self.shrunk + 1
+                logger.warning("out of memory: from now on %d tokens at a time", self.token_budget)
+                continue
+            for place, log_prob in zip(part, found, strict=True):
+                sums[place] = log_prob
+            del left[-len(part) :]
+        return [Score(log_prob, len(row.ids) - row.start) for log_prob, row in zip(sums, rows, strict=True)]
+
+    def _tokenize(self, prompts: Sequence[list[Message]], completions: Sequence[str]) -> list[_Sequence]:
+        turns = [{"role": "assistant", "content": completion} for completion in completions]
+        whole = [[*prompt, turn] for prompt, turn in zip(prompts, turns, strict=True)]
+        asked = self._ids(list(prompts), add_generation_prompt=True)
+        pairs = zip(asked, self._ids(whole, add_generation_prompt=False), strict=True)
+        # The first token of all has no prediction.
+        return [_Sequence(full, max(_common_prefix(first, full), min(len(full), 1))) for first, full in pairs]
+
+    def _ids(self, conversations: list[list[Message]], **settings: Any) -> list[list[int]]:
+        texts = self._tokenizer.apply_chat_template(conversations, tokenize=False, **settings, **self._template)
+        made = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return made.input_ids  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _sums(self, rows: Sequence[_Sequence]) -> list[float]:
+        """The summed log-probabilities of some rows, by one forward pass.
+
+        Rows are padded on the right, behind all that counts: a causal model needs no mask for that.
+        """
+        device = self._model.device
+        ids = torch.full((len(rows), max(len(row.ids) for row in rows)), self._tokenizer.pad_token_id)
+        counts = torch.zeros_like(ids, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row.ids)] = torch.tensor(row.ids)
+            counts[number, row.start : len(row.ids)] = True
+        owner, place = counts.nonzero(as_tuple=True)
+        targets = ids[owner, place].to(device)
+        inputs = {"input_ids": ids.to(device), "use_cache": False}
         if self._plain_head:
             states, head = self._model.get_decoder()(**inputs)[0], self._model.get_output_embeddings()
         else:
             states, head = self._model(**inputs).logits, torch.nn.Identity()
-        return [_row_score(states[row], head, tokens, start) for row, (tokens, start) in enumerate(pairs)]
-
-    def _tokens(self, prompt: list[Message], completion: str) -> tuple[list[int], int]:
-        """Token ids of the whole conversation, and where the completion starts."""
-        asked = template_ids(self._tokenizer, prompt, prompt=True, **self._template)
-        turn = {"role": "assistant", "content": completion}
-        full = template_ids(self._tokenizer, [*prompt, turn], prompt=False, **self._template)
-        both = zip(asked, full, strict=False)
-        common = next((place for place, (one, other) in enumerate(both) if one != other), min(len(asked), len(full)))
-        return full, common
+        states = states[owner.to(device), place.to(device) - 1]
+        found = _log_probs(states, head, targets, min(CHUNK_TOKENS, self.token_budget))
+        return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, found.double().cpu()).tolist()
 
 
-def _row_score(states: torch.Tensor, head: torch.nn.Module, tokens: list[int], start: int) -> Score:
-    """The score of one row, with logits for a chunk of positions at a time.
+def _log_probs(states: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The log-probability of each target, with logits for `chunk` positions at a time.
 
     Args:
-        states: (length, width) hidden states, or logits when `head` is the identity.
-        start: index of the first token that counts; the first of all has no prediction.
+        states: (positions, width) hidden states, or logits when `head` is the identity.
+        targets: (positions,) the tokens that follow.
     """
-    total = 0.0
-    for begin in range(max(start, 1), len(tokens), CHUNK_TOKENS):
-        end = min(begin + CHUNK_TOKENS, len(tokens))
-        logits = head(states[begin - 1 : end - 1]).float()
-        targets = torch.tensor(tokens[begin:end], device=logits.device)
-        total += torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).double().sum().item()
-    return Score(total, len(tokens) - max(start, 1))
+    found = []
+    for some, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
+        logits = head(some).float()
+        found.append(torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    both = zip(first, second, strict=False)
+    return next((place for place, (one, other) in enumerate(both) if one != other), min(len(first), len(second)))

@@ -124,31 +124,6 @@ class TestEngine:
             open_engine("vlm", "x")
 
 
-class TestScoring:
-    def test_scores_equal_a_plain_forward_pass(self, base: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from sgpo_cli.scoring import Scorer
-
-        prompts, completions = [chat(n) for n in range(10)], [sentence(n + 2) for n in range(10)]
-        scores = Scorer(str(base)).score(prompts, completions)
-        alone = [Scorer(str(base)).score([prompts[3]], [completions[3]])[0]]
-        assert alone[0].log_prob == pytest.approx(scores[3].log_prob, abs=1e-5)
-        tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
-            asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            full = [*prompt, {"role": "assistant", "content": completion}]
-            ids = tokenizer.apply_chat_template(full, return_dict=False)
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0]
-            picked = torch.log_softmax(logits[len(asked) - 1 : -1], -1)
-            expected = picked.gather(1, torch.tensor(ids[len(asked) :])[:, None]).sum().item()
-            assert score.log_prob == pytest.approx(expected, abs=1e-4)
-            assert score.tokens == len(ids) - len(asked)
-            assert tokenizer.eos_token_id in ids[len(asked) :]
-
-
 class TestTraining:
     def test_first_dpo_loss_is_ln_2(self, base: Path, pairs: Path, tmp_path: Path) -> None:
         facts = run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **SMALL)

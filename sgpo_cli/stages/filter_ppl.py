@@ -1,9 +1,10 @@
 """filter-ppl: drop targets that the policy finds implausible; every kept row carries its score."""
 
 import math
-import statistics
+from array import array
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from sgpo_cli import quality
 from sgpo_cli.artifacts import DATA_FILES
@@ -11,6 +12,9 @@ from sgpo_cli.batches import BatchResult, Row, run_batches
 from sgpo_cli.configs import FilterPplConfig
 from sgpo_cli.dataset import read_dataset, set_aside
 from sgpo_cli.step import Step
+
+if TYPE_CHECKING:
+    from sgpo_cli.scoring import Scorer
 
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation is this many median absolute deviations
 LEAST_SIGMA = 0.01  # nats; when more than half of the targets are alike, their MAD is 0
@@ -22,28 +26,37 @@ def run(config: FilterPplConfig, step: Step) -> None:
     from sgpo_cli.scoring import Scorer  # imports torch; bad rows are refused before
 
     scorer = Scorer(config.policy, config.dtype, config.chat_template_kwargs)
-
-    def work(batch: list[Row]) -> BatchResult:
-        prompts = [row["prompt"] for row in batch]
-        columns = {"target": "log_ppl"} | ({"response": "response_log_ppl"} if gap else {})
-        scored: list[Row] = [dict(row) for row in batch]
-        for text, column in columns.items():
-            scores = scorer.score(prompts, [row[text] for row in batch])
-            for row, score in zip(scored, scores, strict=True):
-                row[column] = round(score.log_ppl, 6) if math.isfinite(score.log_ppl) else None
-                row[f"{text}_tokens"] = score.tokens
-        return BatchResult([(row, None) for row in scored])
-
+    columns = {"target": "log_ppl"} | ({"response": "response_log_ppl"} if gap else {})
     with step:
-        outcomes, _ = run_batches(step, rows, config.batch_size, work)
-        scored = [dict(row) for row, _ in outcomes]
-        values = [row["log_ppl"] for row in scored if row["log_ppl"] is not None]
+        outcomes, stats = run_batches(step, rows, config.batch_size, lambda batch: _score(scorer, batch, columns))
+        # A number for each row is all that memory holds: journal and rows are read again below.
+        values = array("d", (scores["log_ppl"] for scores, _ in outcomes if scores["log_ppl"] is not None))
         too_high, threshold = rule(config, values)
-        decided = ((row, _reason(row, too_high)) for row in scored)
-        counts = step.write_rows(chain(set_aside(rows), decided))
-        median = round(statistics.median(values), 6) if values else None
-        facts = {**counts, "log_ppl_median": median, "log_ppl_threshold": threshold}
+        scored: Iterable[Row] = ({**row, **scores} for row, (scores, _) in zip(rows, outcomes, strict=True))
+        counts = step.write_rows(chain(set_aside(rows), ((row, _reason(row, too_high)) for row in scored)))
+        median = round(_median(values), 6) if values else None
+        facts = {**counts, **stats, "log_ppl_median": median, "log_ppl_threshold": threshold}
         step.finish(DATA_FILES, facts | quality.facts(step.directory))
+
+
+def _score(scorer: "Scorer", batch: list[Row], columns: dict[str, str]) -> BatchResult:
+    """The scores of a batch, without the rows themselves: the journal need not hold them a second time.
+
+    Args:
+        columns: where the score of each text goes.
+    """
+    before = scorer.shrunk
+    prompts = [row["prompt"] for row in batch]
+    scored: list[Row] = [{} for _ in batch]
+    for text, column in columns.items():
+        scores = scorer.score(prompts, [row[text] for row in batch])
+        for row, score in zip(scored, scores, strict=True):
+            row[column] = round(score.log_ppl, 6) if math.isfinite(score.log_ppl) else None
+            row[f"{text}_tokens"] = score.tokens
+    found = BatchResult([(row, None) for row in scored])
+    if shrunk := scorer.shrunk - before:  # in the manifest, all ranks and runs together
+        found.stats["out_of_memory"] = shrunk
+    return found
 
 
 def rule(config: FilterPplConfig, values: Iterable[float]) -> tuple[Callable[[Row], bool], float]:
@@ -55,26 +68,36 @@ def rule(config: FilterPplConfig, values: Iterable[float]) -> tuple[Callable[[Ro
     Returns:
         a test of a scored row, and its threshold: a log-perplexity, for `gap` a difference of two.
     """
-    values = sorted(values)
     if config.method == "gap":
         return lambda row: row["log_ppl"] - row["response_log_ppl"] > config.max_gap, config.max_gap
+    import numpy as np
+
+    ordered = np.sort(np.fromiter(values, float))
     if config.method == "max":
         threshold = math.log(config.max_ppl)
-    elif not values:
+    elif not len(ordered):
         threshold = 0.0
     elif config.method == "quantile":
-        threshold = values[min(math.ceil(config.quantile * len(values)), len(values)) - 1]
+        threshold = float(ordered[min(math.ceil(config.quantile * len(ordered)), len(ordered)) - 1])
     else:
-        threshold = mad_threshold(values, config.k)
+        threshold = mad_threshold(ordered, config.k)
     return lambda row: row["log_ppl"] > threshold, round(threshold, 6)
 
 
 def mad_threshold(values: Iterable[float], k: float) -> float:
     """Median plus k robust standard deviations: junk moves neither until it is half of the data."""
-    values = list(values)
-    median = statistics.median(values)
-    sigma = MAD_TO_SIGMA * statistics.median(abs(value - median) for value in values)
+    import numpy as np
+
+    numbers = np.fromiter(values, float)
+    median = _median(numbers)
+    sigma = MAD_TO_SIGMA * _median(np.abs(numbers - median))
     return median + k * max(sigma, LEAST_SIGMA)
+
+
+def _median(values: Iterable[float]) -> float:
+    import numpy as np
+
+    return float(np.median(np.fromiter(values, float)))
 
 
 def _reason(row: Row, too_high: Callable[[Row], bool]) -> str | None:
