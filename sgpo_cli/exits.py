@@ -4,13 +4,16 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from sgpo_cli.errors import ResourceError, SgpoError, UsageError
 
+RANK_EXITS = "SGPO_EXITS"  # where the ranks of a launch leave their exit codes, see `children.run`
 RESOURCE_ERRNOS = {
     errno.ENOSPC: "disk full",
     errno.EDQUOT: "disk quota exceeded",
@@ -47,6 +50,13 @@ def mapped(*, debug: bool) -> Iterator[None]:
     """Run the block; print an error in two lines and exit with its code (the README has the table)."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _terminate)
+    with _reported(), _explained(debug):
+        yield
+
+
+@contextmanager
+def _explained(debug: bool) -> Iterator[None]:
+    """Errors that a user can act on in two lines, and their exit codes."""
     try:
         yield
     except SgpoError as error:
@@ -71,6 +81,33 @@ def mapped(*, debug: bool) -> Iterator[None]:
             raise
         first = str(error).splitlines()[0]
         _leave(ResourceError(f"out of memory: {first}", "lower the batch size or the length"), debug)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """As a rank: leave a file when the block begins, and the time and exit code in it when it ends."""
+    if RANK_EXITS not in os.environ:
+        yield
+        return
+    path = Path(os.environ[RANK_EXITS]) / os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    _note(path, "")
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+        raise
+    finally:
+        _note(path, f"{time.time_ns()} {code}")
+
+
+def _note(path: Path, text: str) -> None:
+    """Appears as a whole; who does not see the directory has nobody to report to."""
+    with suppress(OSError):
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def _leave(error: SgpoError, debug: bool) -> None:

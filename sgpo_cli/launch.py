@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl import DPOConfig, SFTConfig
 
+from sgpo_cli import children
 from sgpo_cli.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -43,16 +46,21 @@ def agreed(value: Any) -> Any:
 
 
 def use_all_gpus() -> None:
-    """Start again with a process for each visible GPU, unless a launcher has done so; TRL needs one each."""
+    """Start again with a process for each visible GPU, unless a launcher has done so; TRL needs one each.
+
+    Raises:
+        SystemExit: they have ended; with the exit code that says what became of them.
+    """
     if world_size() > 1:
-        _hand_over_death(signal.SIGKILL)  # a launcher that was killed must not leave ranks behind that hold the lock
+        _end_with_launcher()
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
         return
     command = [*_launcher(gpus), "-m", "sgpo_cli", *sys.argv[1:]]
     logger.info("%d GPUs are visible: starting a process for each (%s)", gpus, " ".join(command[1:]))
-    _hand_over_death(signal.SIGTERM)
-    os.execv(command[0], command)
+    with tempfile.TemporaryDirectory() as directory:
+        code = children.run(command, Path(directory) / "ranks")
+    raise SystemExit(code if code >= 0 else 128 - code)
 
 
 def _launcher(processes: int) -> list[str]:
@@ -68,11 +76,11 @@ def _launcher(processes: int) -> list[str]:
     ]
 
 
-def _hand_over_death(signum: int) -> None:
-    """What this process gets when its parent dies: a launcher a signal at which it stops its ranks."""
+def _end_with_launcher() -> None:
+    """A launcher that was killed must not leave ranks behind that hold the lock."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signum)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def accumulation_steps(global_batch: int, per_device: int) -> int:

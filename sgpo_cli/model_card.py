@@ -63,12 +63,15 @@ def _name(source: str) -> str:
     return "/".join(path.parts[-2:]) if path.exists() else source
 
 
-def text(name: str, steps: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> str:
+def text(name: str, steps: Sequence[Mapping[str, Any]], training: Mapping[str, Any], picture: str = "") -> str:
     """The card, in Markdown with the Hub's front matter.
+
+    No scores: they are measured later, by steps of their own, and a finished step's files do not change.
 
     Args:
         steps: the lineage.
-        training: of the manifest.
+        training: of the manifest, with its books as `rows`.
+        picture: file name of the learning curves.
     """
     base = str(steps[0]["start"])
     head: dict[str, Any] = {"library_name": "transformers" if training["method"] == "full" else "peft"}
@@ -82,7 +85,7 @@ def text(name: str, steps: Sequence[Mapping[str, Any]], training: Mapping[str, A
         f"Trained from `{base}` with sgpo: a model learns to improve its own answers, and DPO on its answers and its "
         "improvements makes it better.",
         "## How it was made\n\n" + _table(steps),
-        "## Training\n\n" + _facts(training),
+        "## Training\n\n" + _facts(training) + (f"\n\n![Learning curves]({picture})" if picture else ""),
         "## Versions\n\n" + ", ".join(f"{package} {version}" for package, version in versions().items()),
         "## Citation\n\n" + CITATION,
     ]
@@ -102,7 +105,12 @@ def _table(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _facts(training: Mapping[str, Any]) -> str:
     """Only what a run that was stopped and continued knows as well as one that was not."""
-    lines = [f"- {training['steps']} optimizer steps"]
+    books = training["rows"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in books["rejected"].items())
+    lines = [
+        f"- {books['rows_out']} of {books['rows_in']} rows" + (f" (dropped: {dropped})" if dropped else ""),
+        f"- {training['steps']} optimizer steps",
+    ]
     if training.get("last_loss") is not None:
         lines.append(f"- last loss: {training['last_loss']:.4f}")
     if look := training.get("smoke"):

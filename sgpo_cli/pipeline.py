@@ -3,16 +3,12 @@
 A crash or an out-of-memory kill takes one step, and GPU memory is always given back.
 """
 
-import ctypes
 import json
 import logging
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sgpo_cli import artifacts, guard, identity, recipe
+from sgpo_cli import artifacts, children, guard, identity, recipe
 from sgpo_cli.errors import IntegrityError, StaleError, StoppedError, UsageError
 from sgpo_cli.options import StageConfig
 from sgpo_cli.step import Step
@@ -200,45 +196,14 @@ def _command(book: recipe.Recipe) -> str:
 def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> None:
     command = [spec.stage, "--recipe", str(book.path), "--step", spec.name, *book.overrides, *flags]
     launcher = shlex.split(spec.launch) if spec.launch else [sys.executable]
-    process = subprocess.Popen([*launcher, "-m", "sgpo_cli", *command], preexec_fn=end_with_parent(spec.launch))
-    try:
-        code = process.wait()
-    except BaseException:
-        stop(process)
-        raise
+    exits = book.run_dir / f".ranks-{spec.name}" if spec.launch else None
+    code = children.run([*launcher, "-m", "sgpo_cli", *command], exits)
     if code == StoppedError.exit_code and _verdict(spec) != "healthy":
         return  # the check is done, and what it says ends the run
     if code != 0:
         what = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         print(f"step {spec.name} {what}; to continue: {_command(book)}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the step to leave; after Ctrl-C in a terminal it is on its way already."""
-    try:
-        process.wait(timeout=1)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
-
-
-def end_with_parent(launch: str) -> Callable[[], Any] | None:
-    """A step must not outlive a `sgpo run` that was killed: it would hold the lock against the next one."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    pr_set_pdeathsig = 1
-    # A launcher gets the chance to stop its ranks.
-    end = signal.SIGTERM if launch else signal.SIGKILL
-    parent = os.getpid()
-
-    def prepare() -> None:
-        libc.prctl(pr_set_pdeathsig, end)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return prepare
 
 
 def print_plan(book: recipe.Recipe) -> None:

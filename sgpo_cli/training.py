@@ -17,7 +17,17 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
-from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving, smoke, trainer_options
+from sgpo_cli import (
+    checkpoints,
+    checks,
+    launch,
+    learning_curves,
+    model_card,
+    row_checks,
+    saving,
+    smoke,
+    trainer_options,
+)
 from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.configs import DpoConfig
 from sgpo_cli.errors import IncompleteError, UsageError
@@ -97,12 +107,11 @@ def train(
         if launch.is_main():
             books = _counts(lengths, rejected)
             history = model_card.lineage(config, step.request.stage, job.method.name, job.args, books["rows_out"])
-            card = model_card.text(step.directory.name, history, found)
-            write_atomically(step.directory / "README.md", card)
-            step.finish([*names, "README.md"], {**books, "training": found, "lineage": history, **(facts or {})})
+            names += _show(trainer, step, history, found | {"rows": books})
+            step.finish(names, {**books, "training": found, "lineage": history, **(facts or {})})
             shutil.rmtree(step.directory / CACHE, ignore_errors=True)
             if config.trainer.get("push_to_hub"):
-                saving.push(trainer.args, step.directory, [*names, "README.md"])
+                saving.push(trainer.args, step.directory, names)
         # Together: gloo (torch 2.13) can wait for itself for ever when it is taken down right after a collective.
         launch.wait()
         trainer.end()  # type: ignore[no-untyped-call]
@@ -265,6 +274,16 @@ def _look(job: Job, trainer: Trainer, rows: Sequence[Row], tokens: Sequence[RowT
     prompts = [row["prompt"] for row in rows[: smoke.PROMPTS]]
     template = job.config.chat_template_kwargs
     return {"smoke": smoke.generate(model, job.counting, prompts, longest, job.ends, template)}
+
+
+def _show(trainer: Trainer, step: Step, history: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
+    """Write the learning curves and the card; returns their names."""
+    picture = learning_curves.picture(step.directory.name, trainer.state.log_history)
+    if picture:
+        write_atomically(step.directory / learning_curves.NAME, picture)
+    card = model_card.text(step.directory.name, history, found, learning_curves.NAME if picture else "")
+    write_atomically(step.directory / "README.md", card)
+    return ["README.md", *([learning_curves.NAME] if picture else [])]
 
 
 def _counts(lengths: Lengths, rejected: Mapping[str, int]) -> dict[str, Any]:

@@ -152,6 +152,50 @@ def weights(directory: Path) -> bytes:
 
 SMALL = {"per_device_train_batch_size": 4, "max_length": 128, "num_train_epochs": 1, "bf16": False}
 
+# The same training with each method.
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 4},
+    "qlora": {"load_in_4bit": True, "lora_r": 4},
+}
+FAST = SMALL | {"learning_rate": 5e-3, "logging_steps": 1, "max_length": 256}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Rows for every training stage."""
+    directory = tmp_path_factory.mktemp("data")
+    prompts = [{"prompt": chat(n)} for n in range(16)]
+    rows = {
+        "sft": [{**row, "completion": sentence(n + 1)} for n, row in enumerate(prompts)],
+        "train-improver": [
+            {**row, "response": sentence(n + 1), "reference": sentence(n + 2), "target": sentence(n + 3)}
+            for n, row in enumerate(prompts)
+        ],
+        "dpo": [{**row, "chosen": sentence(n + 1), "rejected": sentence(n + 3)} for n, row in enumerate(prompts)],
+    }
+    for stage, each in rows.items():
+        write_lines(directory / f"{stage}.jsonl", each)
+    return {stage: str(directory / f"{stage}.jsonl") for stage in rows}
+
+
+@pytest.fixture(scope="session")
+def starts(base: Path, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same SFT with each method."""
+    directory = tmp_path_factory.mktemp("starts")
+    for method, options in METHODS.items():
+        run_stage("sft", directory / method, model_name_or_path=str(base), dataset=data["sft"], **(FAST | options))
+    return {method: directory / method for method in METHODS}
+
+
+def greedy(model: Path) -> list[str]:
+    from sgpo_cli.engines import Sampling, open_engine
+
+    engine = open_engine("transformers", str(model))
+    made = engine.generate([chat(n) for n in range(4)], Sampling(12, temperature=0.0), [0] * 4)
+    return [each.text for each in made]
+
 
 @pytest.fixture(scope="session")
 def adapter(demo: Path) -> Path:

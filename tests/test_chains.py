@@ -7,53 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Sgpo, chat, run_stage, sentence, write_lines
+from conftest import FAST, METHODS, Sgpo, greedy, run_stage
 
 from sgpo_cli.errors import SgpoError, UsageError
 
 pytestmark = pytest.mark.model
-
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"use_peft": True, "lora_r": 4},
-    "qlora": {"load_in_4bit": True, "lora_r": 4},
-}
-FAST = SMALL | {"learning_rate": 5e-3, "logging_steps": 1, "max_length": 256}
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Rows for every training stage."""
-    directory = tmp_path_factory.mktemp("data")
-    prompts = [{"prompt": chat(n)} for n in range(16)]
-    rows = {
-        "sft": [{**row, "completion": sentence(n + 1)} for n, row in enumerate(prompts)],
-        "train-improver": [
-            {**row, "response": sentence(n + 1), "reference": sentence(n + 2), "target": sentence(n + 3)}
-            for n, row in enumerate(prompts)
-        ],
-        "dpo": [{**row, "chosen": sentence(n + 1), "rejected": sentence(n + 3)} for n, row in enumerate(prompts)],
-    }
-    for stage, each in rows.items():
-        write_lines(directory / f"{stage}.jsonl", each)
-    return {stage: str(directory / f"{stage}.jsonl") for stage in rows}
-
-
-@pytest.fixture(scope="session")
-def starts(base: Path, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same SFT with each method."""
-    directory = tmp_path_factory.mktemp("starts")
-    for method, options in METHODS.items():
-        run_stage("sft", directory / method, model_name_or_path=str(base), dataset=data["sft"], **(FAST | options))
-    return {method: directory / method for method in METHODS}
-
-
-def greedy(model: Path) -> list[str]:
-    from sgpo_cli.engines import Sampling, open_engine
-
-    engine = open_engine("transformers", str(model))
-    made = engine.generate([chat(n) for n in range(4)], Sampling(12, temperature=0.0), [0] * 4)
-    return [each.text for each in made]
 
 
 @pytest.mark.parametrize("after", METHODS)
@@ -196,12 +154,17 @@ def test_the_card_tells_how_the_model_was_made_and_the_hub_gets_it(
     facts = run_stage("dpo", tmp_path / "m1", **options, push_to_hub=True, hub_model_id="me/m1", hub_private_repo=True)
     card = (tmp_path / "m1" / "README.md").read_text()
     assert [step["stage"] for step in facts["lineage"]] == ["sft", "dpo"]
+    picture = (tmp_path / "m1" / "learning_curves.svg").read_text()
+    for title in ("Loss", "Learning rate", "Rewards", "Reward margin", "Pair accuracy"):
+        assert f">{title}</text>" in picture
+    assert "![Learning curves](learning_curves.svg)" in card
+    assert "- 16 of 16 rows" in card
     for part in ("| sft |", "| dpo |", "16", "learning_rate 0.005", "last loss: ", "trl 1.", "2507.20181"):
         assert part in card
     assert str(tmp_path) not in card  # no path of this machine
     (name, created), (_, uploaded) = calls
     assert (name, created["private"]) == ("me/m1", True)
-    assert {"README.md", "adapter_model.safetensors"} <= set(uploaded["allow_patterns"])
+    assert {"README.md", "adapter_model.safetensors", "learning_curves.svg"} <= set(uploaded["allow_patterns"])
     assert "request.json" not in uploaded["allow_patterns"]
 
 

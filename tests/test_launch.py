@@ -1,6 +1,8 @@
 """Training as real processes: several of them, killed, terminated, resumed."""
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,6 +147,43 @@ def test_another_number_of_processes_is_refused(place: Path) -> None:
     assert "up to date" in up_to_date.stdout
 
 
+@pytest.fixture
+def launched(place: Path) -> list[str]:
+    """`sgpo run` of a recipe whose one step trains in two processes."""
+    step = {"stage": "sft", "model_name_or_path": "base", "dataset": "sft.jsonl", "launch": shlex.join(TORCHRUN[:-2])}
+    step |= {"max_length": 256, "bf16": False, "num_train_epochs": 40, "per_device_train_batch_size": 2}
+    (place / "recipe.yaml").write_text(json.dumps({"run_dir": "runs", "steps": {"m0": step | {"logging_steps": 1}}}))
+    return ["run", "recipe.yaml"]
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_named_and_ends_all_with_exit_code_7(place: Path, launched: list[str]) -> None:
+    process = start(ONE, launched, place)
+    until(lambda: "trains for" in (place / "log").read_text(), process)
+    (launcher,) = children(process.pid)
+    ranks = children(launcher)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(timeout=60) == 7
+    for pid in (launcher, *ranks):
+        assert not Path(f"/proc/{pid}").exists()
+    log = (place / "log").read_text()
+    assert "of 2 processes, these were lost (killed or crashed): 1" in log
+    assert "failed with exit code 7; to continue: sgpo run recipe.yaml" in log
+    assert not (place / "runs" / "m0" / "manifest.json").exists()
+    assert not list((place / "runs").glob(".ranks*"))
+
+
+@pytest.mark.slow
+def test_a_launched_step_that_diverges_ends_with_its_own_exit_code(place: Path, launched: list[str]) -> None:
+    recipe = json.loads((place / "recipe.yaml").read_text())
+    recipe["steps"]["m0"]["learning_rate"] = 1e30
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    result = finish(ONE, launched, place)
+    assert result.returncode == 8, result.stderr
+    assert not (place / "runs" / "m0" / "model.safetensors").exists()
+
+
 class _Args:
     """What `launch` looks at."""
 
@@ -181,10 +220,11 @@ def test_several_gpus_get_a_process_each(monkeypatch: pytest.MonkeyPatch) -> Non
     started: list[list[str]] = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
-    monkeypatch.setattr(launch, "_hand_over_death", lambda signum: None)
+    monkeypatch.setattr(launch.children, "run", lambda command, exits: started.append(command) or 7)
+    monkeypatch.setattr(launch, "_end_with_launcher", lambda: None)
     monkeypatch.setattr(sys, "argv", ["sgpo", "dpo", "--recipe", "x.yaml"])
-    launch.use_all_gpus()
+    with pytest.raises(SystemExit, match="7"):
+        launch.use_all_gpus()
     (command,) = started
     assert command[command.index("--num_processes") + 1] == "4"
     assert command[-5:] == ["-m", "sgpo_cli", "dpo", "--recipe", "x.yaml"]

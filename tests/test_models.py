@@ -146,10 +146,17 @@ class TestTraining:
         with pytest.raises(DivergedError, match=r"0\.7209"):
             check.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), logs)
 
-    def test_nan_stops_with_exit_8_and_no_model(self, base: Path, answers: Path, tmp_path: Path) -> None:
-        options = SMALL | {"learning_rate": 1e30, "logging_steps": 1}
-        with pytest.raises(DivergedError) as stopped:
-            run_stage("sft", tmp_path / "m0", model_name_or_path=str(base), dataset=str(answers), **options)
+    @pytest.mark.parametrize("stage", ["sft", "dpo"])
+    def test_nan_stops_with_exit_8_and_no_model(
+        self, base: Path, answers: Path, pairs: Path, tmp_path: Path, stage: str
+    ) -> None:
+        options = SMALL | {
+            "learning_rate": 1e30,
+            "logging_steps": 1,
+            "dataset": str({"sft": answers}.get(stage, pairs)),
+        }
+        with pytest.raises(DivergedError, match=r"^step 2: \w+ is ") as stopped:  # the first update was made in step 1
+            run_stage(stage, tmp_path / "m0", model_name_or_path=str(base), **options)
         assert stopped.value.exit_code == 8
         assert not (tmp_path / "m0" / "model.safetensors").exists()
         assert not (tmp_path / "m0" / "manifest.json").exists()

@@ -15,7 +15,7 @@ from typing import IO
 
 import typer
 
-from sgpo_cli import pipeline, recipe
+from sgpo_cli import children, recipe
 from sgpo_cli.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class _Running:
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=pipeline.end_with_parent("sgpo run"),
+            preexec_fn=children.end_with_parent(is_launcher=True),
         )
 
     @property
@@ -148,7 +148,7 @@ def run(runs: Sequence[SeedRun], jobs: int) -> None:
         codes = _work(runs, jobs, active)
     except BaseException:
         for each in active:
-            pipeline.stop(each.process)
+            children.stop(each.process)
         raise
     failed = {each.seed: codes[each.seed] for each in runs if codes[each.seed]}
     if failed:

@@ -41,7 +41,10 @@ class Axis:
 
 
 def number(value: float) -> str:
-    """A short number: 1.2k, 0.05, 3M."""
+    """A short number: 1.2k, 0.05, 3M, 5e-4."""
+    if 0 < abs(value) < 1e-3:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}".replace("-", "\u2212")
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             unit = 1e3 if letter == "k" else size

@@ -1,5 +1,6 @@
 """Each section's numbers and charts, ready for the template."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgpo_cli.report import charts
@@ -22,6 +23,7 @@ CURVES: list[tuple[str, str, dict[str, str]]] = [
         {"logps/chosen": "chosen", "logps/rejected": "rejected"},
     ),
     ("Gradient norm", "spikes are a sign of trouble", {"grad_norm": "norm"}),
+    ("Learning rate", "as the schedule has it", {"learning_rate": "rate"}),
 ]
 
 
@@ -160,18 +162,29 @@ def _perplexity(step: StepFacts, quality: Quality) -> dict[str, Any]:
 
 def curves(step: StepFacts) -> dict[str, Any]:
     """The learning curves of a training step."""
+    training = _training(step.manifest)
+    return {
+        "step": step.name,
+        "stage": step.stage,
+        "charts": learning_curves(step.name, step.log),
+        "training": training,
+    }
+
+
+def learning_curves(name: str, log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A chart for each quantity that a trainer has logged, with its title, its note and the names of its lines."""
     found = []
-    paired = any("rewards/margins" in entry for entry in step.log)
+    paired = any("rewards/margins" in entry for entry in log)
     for title, note, keys in CURVES:
         series = [
-            (name, [(entry["step"], entry[key]) for entry in step.log if key in entry]) for key, name in keys.items()
+            (label, [(entry["step"], entry[key]) for entry in log if key in entry]) for key, label in keys.items()
         ]
-        series = [(name, points) for name, points in series if points]
+        series = [(label, points) for label, points in series if points]
         if series and not (title == "Token accuracy" and paired):
-            svg = charts.lines(f"{step.name}: {title}", series, "optimizer step")
-            legend = [name for name, _ in series] if len(series) > 1 else []
+            svg = charts.lines(f"{name}: {title}", series, "optimizer step")
+            legend = [label for label, _ in series] if len(series) > 1 else []
             found.append({"title": title, "note": note, "legend": legend, "svg": svg})
-    return {"step": step.name, "stage": step.stage, "charts": found, "training": _training(step.manifest)}
+    return found
 
 
 def _training(manifest: Manifest | None) -> str:
