@@ -34,9 +34,8 @@ class MakeDemoConfig(StageConfig):
     num_sft: WorldSize = option("Prompts with a reference answer, for sft and make-targets.", 4000)
     num_prompts: WorldSize = option("Prompts alone, for gen-pairs.", 1500)
     num_heldout: WorldSize = option("Prompts for evaluate.", 400)
-    num_labelled: Annotated[int, Ge(0)] = option(
-        "Pairs of references for prompts of num_sft, better over worse: a preference data set for --pairing labelled.",
-        0,
+    num_labelled: Annotated[int, Gt(0)] | None = option(
+        "Preference pairs of two references to SFT prompts, for offline DPO; none unless asked.", None
     )
 
 
