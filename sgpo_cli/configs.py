@@ -152,6 +152,7 @@ class GenPairsConfig(RemoteConfig):
         """Options that do not go together are refused with the recipe, not when the step's turn comes."""
         from sgpo_cli.pairing import check_options  # which reads this config
 
+        super().__post_init__()
         check_options(self)
 
 
