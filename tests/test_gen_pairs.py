@@ -192,6 +192,11 @@ def test_options_that_do_not_go_together_are_refused_with_the_recipe(options: di
     assert str(error.value).startswith("r.yaml: steps.pairs: ")
 
 
+def test_a_list_of_one_data_set_is_that_data_set() -> None:
+    given = {"policy": "model", "dataset": ["d.jsonl"], "output_dir": "out"}
+    assert recipe.build_config("gen-pairs", given, "test").dataset == "d.jsonl"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("scorer", ["openai:gpt", "hf:model", "rule", "no_such_module:score", "demo"])
 def test_a_scorer_that_cannot_score_is_refused_before_any_text_is_made(pairs: Pairs, world: Path, scorer: str) -> None:
     with pytest.raises(UsageError):
