@@ -137,6 +137,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = [json.loads(line) for line in arguments.dataset.read_text(encoding="utf-8").splitlines()]
     results = {"demo": compare(arguments.model, rows[: arguments.rows], arguments.rounds)}
+    machine.write("scoring", {"threads": arguments.threads, "results": results})
     with tempfile.TemporaryDirectory() as directory:
         wide = with_wide_head(arguments.model, arguments.wide_head, directory)
         results["wide_head"] = compare(wide, rows[: arguments.wide_rows], arguments.rounds)

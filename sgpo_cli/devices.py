@@ -26,7 +26,8 @@ def own_devices(visible: str, local_rank: int, count: int) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory has run out: Python's, or torch's on a CPU or a GPU."""
-    # On a CPU torch says "can't allocate memory" (DefaultCPUAllocator), on a GPU "CUDA out of memory".
+    """Whether an allocator said no: torch's on a GPU, and on a CPU torch's, C++'s or Python's."""
     said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
+    return isinstance(error, MemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    )

@@ -1,5 +1,6 @@
 """Log-probabilities of texts under a model: the only tensor code that is ours."""
 
+import gc
 import logging
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from sgpo_cli.devices import is_out_of_memory
+from sgpo_cli.errors import ResourceError
 from sgpo_cli.loading import load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,12 @@ class Scorer:
     rendered prompt and the rendered conversation, so the end-of-turn token belongs to the completion.
 
     `token_budget` is how many tokens go through the model together; it is halved when memory runs out, and
-    `shrunk` says how often that was.
+    `out_of_memory` says how often that was.
     """
 
     def __init__(self, model: str, dtype: str = "auto", chat_template_kwargs: dict[str, Any] | None = None) -> None:
-        self.token_budget, self.shrunk = TOKEN_BUDGET, 0
+        self.token_budget, self.out_of_memory = TOKEN_BUDGET, 0
+        self._name = model
         self._template = chat_template_kwargs or {}
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype)
@@ -71,7 +74,7 @@ class Scorer:
         that shows at once.
 
         Raises:
-            RuntimeError, MemoryError: memory does not suffice for a single row.
+            ResourceError: memory does not suffice for a single row.
         """
         rows = self._tokenize(prompts, completions)
         left = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
@@ -79,18 +82,33 @@ class Scorer:
         while left:
             longest = len(rows[left[-1]].ids)
             part = left[-max(self.token_budget // max(longest, 1), 1) :]
-            try:
-                found = self._sums([rows[place] for place in part])
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(part) == 1:
-                    raise
-                self.token_budget, self.shrunk = len(part) * longest // 2, self.shrunk + 1
-                logger.warning("out of memory: from now on %d tokens at a time", self.token_budget)
+            found = self._sums_or_less([rows[place] for place in part])
+            if found is None:
                 continue
             for place, log_prob in zip(part, found, strict=True):
                 sums[place] = log_prob
             del left[-len(part) :]
         return [Score(log_prob, len(row.ids) - row.start) for log_prob, row in zip(sums, rows, strict=True)]
+
+    def _sums_or_less(self, rows: Sequence[_Sequence]) -> list[float] | None:
+        """As `_sums`; None when memory has run out, and the budget is smaller now."""
+        try:
+            return self._sums(rows)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        longest = max(len(row.ids) for row in rows)
+        if len(rows) == 1:
+            raise ResourceError(
+                f"{self._name}: out of memory with one row of {longest} tokens",
+                "give a smaller number format (--dtype bfloat16), or use a larger machine",
+            )
+        gc.collect()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.token_budget, self.out_of_memory = len(rows) * longest // 2, self.out_of_memory + 1
+        logger.warning("%s: out of memory; from here on %d tokens at a time", self._name, self.token_budget)
+        return None
 
     def _tokenize(self, prompts: Sequence[list[Message]], completions: Sequence[str]) -> list[_Sequence]:
         turns = [{"role": "assistant", "content": completion} for completion in completions]

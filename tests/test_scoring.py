@@ -9,6 +9,7 @@ from conftest import chat, read_lines, run_stage, sentence, write_lines
 
 from sgpo_cli.configs import FilterPplConfig
 from sgpo_cli.devices import is_out_of_memory
+from sgpo_cli.errors import ResourceError
 from sgpo_cli.stages.filter_ppl import rule
 
 PROMPTS, TEXTS = [chat(n) for n in range(20)], [sentence(n + 2) for n in range(20)]
@@ -94,8 +95,10 @@ class TestScorer:
             raise MemoryError
 
         monkeypatch.setattr(Scorer, "_sums", full)
-        with pytest.raises(MemoryError):
-            Scorer(str(base)).score(PROMPTS, TEXTS)
+        scorer = Scorer(str(base))
+        with pytest.raises(ResourceError, match="one row of"):
+            scorer.score(PROMPTS, TEXTS)
+        assert scorer.out_of_memory > 1
 
     def test_other_errors_are_not_taken_for_a_lack_of_memory(self) -> None:
         import torch

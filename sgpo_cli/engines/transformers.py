@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from sgpo_cli.devices import is_out_of_memory
 from sgpo_cli.engines.base import Generation, Message, Sampling
 from sgpo_cli.engines.decoding import decode
 from sgpo_cli.errors import ResourceError, UsageError
@@ -128,11 +129,3 @@ def affordable_tokens(model: PreTrainedModel) -> int:
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - model.get_memory_footprint()
     return max(int(MEMORY_SHARE[model.device.type] * free / (itemsize * (cached + activations))), 1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator said no: torch's on a GPU, and on a CPU torch's, C++'s or Python's."""
-    said = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in said for words in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
-    )

@@ -45,7 +45,7 @@ def _score(scorer: "Scorer", batch: list[Row], columns: dict[str, str]) -> Batch
     Args:
         columns: where the score of each text goes.
     """
-    before = scorer.shrunk
+    before = scorer.out_of_memory
     prompts = [row["prompt"] for row in batch]
     scored: list[Row] = [{} for _ in batch]
     for text, column in columns.items():
@@ -54,8 +54,8 @@ def _score(scorer: "Scorer", batch: list[Row], columns: dict[str, str]) -> Batch
             row[column] = round(score.log_ppl, 6) if math.isfinite(score.log_ppl) else None
             row[f"{text}_tokens"] = score.tokens
     found = BatchResult([(row, None) for row in scored])
-    if shrunk := scorer.shrunk - before:  # in the manifest, all ranks and runs together
-        found.stats["out_of_memory"] = shrunk
+    if scorer.out_of_memory > before:  # in the manifest, all ranks and runs together
+        found.stats["out_of_memory"] = scorer.out_of_memory - before
     return found
 
 
