@@ -30,7 +30,7 @@ def run(config: MakeDemoConfig, step: Step) -> None:
     splits = world.make_splits(config.seed, sizes)
     texts = corpus(splits)  # without the labelled pairs: the model is the same with and without them
     if config.num_labelled:
-        splits["labelled"] = _labelled(splits["sft"], config)
+        splits["labelled"] = _labelled(splits["sft"], config.seed, config.num_labelled)
     with step:
         for name, rows in splits.items():
             (step.directory / name).mkdir(exist_ok=True)
@@ -44,10 +44,10 @@ def run(config: MakeDemoConfig, step: Step) -> None:
         step.finish([str(path.relative_to(step.directory)) for path in made if path.is_file()], counts)
 
 
-def _labelled(rows: list[Row], config: MakeDemoConfig) -> list[Row]:
+def _labelled(rows: list[Row], seed: int, count: int) -> list[Row]:
     from sgpo_cli.demo import world
 
     try:
-        return world.labelled_pairs(rows, config.seed, config.num_labelled)
+        return world.labelled_pairs(rows, seed, count)
     except ValueError as error:
         raise UsageError(f"num_labelled: {error}", "raise num_sft") from None
