@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sgpo_cli.artifacts import read_manifest
-from sgpo_cli.configs import CheckPairsConfig, CheckPolicyConfig
 from sgpo_cli.errors import StoppedError
+from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 
 Health = Literal["healthy", "spent", "broken"]
 Rule = tuple[Health, bool, str]

@@ -8,7 +8,7 @@ import pytest
 from conftest import Sgpo, chat, read_lines, run_stage, sentence, write_lines
 
 from sgpo_cli import guard
-from sgpo_cli.configs import CheckPairsConfig, CheckPolicyConfig
+from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 from sgpo_cli.stages.check_policy import compared
 
 PAIRS = CheckPairsConfig(output_dir="x", dataset="x", policy="x")

@@ -12,9 +12,9 @@ from sgpo_cli import guard, prompts
 from sgpo_cli.artifacts import read_manifest, step_of, write_atomically
 from sgpo_cli.batches import BatchResult, Row, run_batches
 from sgpo_cli.comparison import plain
-from sgpo_cli.configs import CheckPairsConfig
 from sgpo_cli.dataset import read_dataset
 from sgpo_cli.generation import Lazy
+from sgpo_cli.guard_configs import CheckPairsConfig
 from sgpo_cli.measures import edit_share, length_ratio, repetition
 from sgpo_cli.preference import margins, preferred
 from sgpo_cli.score_functions import ScoreFunction, open_function

@@ -14,11 +14,11 @@ from typing import Any
 from sgpo_cli import guard, prompts
 from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.batches import Batches, Row
-from sgpo_cli.configs import CheckPolicyConfig
 from sgpo_cli.dataset import read_dataset
 from sgpo_cli.engines import Generation, LazyEngine, Sampling
 from sgpo_cli.gates import META_TALK, text_problem
 from sgpo_cli.generation import Lazy, Passes, seeds_for
+from sgpo_cli.guard_configs import CheckPolicyConfig
 from sgpo_cli.measures import length_ratio, repetition, script
 from sgpo_cli.preference import margins, preferred
 from sgpo_cli.ranks import SharedWorkDone
