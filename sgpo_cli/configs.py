@@ -149,7 +149,6 @@ class GenPairsConfig(RemoteConfig):
 
     def __post_init__(self) -> None:
         """Options that do not go together are refused with the recipe, not when the step's turn comes."""
-        super().__post_init__()
         from sgpo_cli.pairing import check_options  # which reads this config
 
         super().__post_init__()
