@@ -96,6 +96,7 @@ class TestScorer:
 
         monkeypatch.setattr(Scorer, "_sums", full)
         scorer = Scorer(str(base))
+        scorer.token_budget = 100
         with pytest.raises(ResourceError, match="one row of"):
             scorer.score(PROMPTS, TEXTS)
         assert scorer.out_of_memory > 1
