@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo_cli.artifacts import read_manifest, step_of, versions
+from sgpo_cli import learning_curves
+from sgpo_cli.artifacts import read_manifest, step_of, versions, write_atomically
 from sgpo_cli.options import TrainConfig
 
 CITATION = """\
@@ -61,6 +62,22 @@ def _name(source: str) -> str:
     """A Hub name as it is; of a path only its end, since a card is read elsewhere."""
     path = Path(source)
     return "/".join(path.parts[-2:]) if path.exists() else source
+
+
+def write(
+    directory: Path, steps: Sequence[Mapping[str, Any]], training: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Write the card and the learning curves beside the model; returns their names.
+
+    Args:
+        log: the trainer's log history.
+    """
+    picture = learning_curves.picture(directory.name, log)
+    if picture:
+        write_atomically(directory / learning_curves.NAME, picture)
+    card = text(directory.name, steps, training, learning_curves.NAME if picture else "")
+    write_atomically(directory / "README.md", card)
+    return ["README.md", *([learning_curves.NAME] if picture else [])]
 
 
 def text(name: str, steps: Sequence[Mapping[str, Any]], training: Mapping[str, Any], picture: str = "") -> str:

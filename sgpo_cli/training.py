@@ -17,18 +17,7 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
 
-from sgpo_cli import (
-    checkpoints,
-    checks,
-    launch,
-    learning_curves,
-    model_card,
-    row_checks,
-    saving,
-    smoke,
-    trainer_options,
-)
-from sgpo_cli.artifacts import write_atomically
+from sgpo_cli import checkpoints, checks, launch, model_card, row_checks, saving, smoke, trainer_options
 from sgpo_cli.configs import DpoConfig
 from sgpo_cli.errors import IncompleteError, UsageError
 from sgpo_cli.loading import end_tokens, generation_config, refusals
@@ -107,7 +96,8 @@ def train(
         if launch.is_main():
             books = _counts(lengths, rejected)
             history = model_card.lineage(config, step.request.stage, job.method.name, job.args, books["rows_out"])
-            names += _show(trainer, step, history, found | {"rows": books})
+            logged = trainer.state.log_history
+            names += model_card.write(step.directory, history, found | {"rows": books}, logged)
             step.finish(names, {**books, "training": found, "lineage": history, **(facts or {})})
             shutil.rmtree(step.directory / CACHE, ignore_errors=True)
             if config.trainer.get("push_to_hub"):
@@ -274,16 +264,6 @@ def _look(job: Job, trainer: Trainer, rows: Sequence[Row], tokens: Sequence[RowT
     prompts = [row["prompt"] for row in rows[: smoke.PROMPTS]]
     template = job.config.chat_template_kwargs
     return {"smoke": smoke.generate(model, job.counting, prompts, longest, job.ends, template)}
-
-
-def _show(trainer: Trainer, step: Step, history: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
-    """Write the learning curves and the card; returns their names."""
-    picture = learning_curves.picture(step.directory.name, trainer.state.log_history)
-    if picture:
-        write_atomically(step.directory / learning_curves.NAME, picture)
-    card = model_card.text(step.directory.name, history, found, learning_curves.NAME if picture else "")
-    write_atomically(step.directory / "README.md", card)
-    return ["README.md", *([learning_curves.NAME] if picture else [])]
 
 
 def _counts(lengths: Lengths, rejected: Mapping[str, int]) -> dict[str, Any]:
