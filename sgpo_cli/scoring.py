@@ -16,7 +16,9 @@ from sgpo_cli.loading import load_model, load_tokenizer
 logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
-TOKEN_BUDGET = 8192  # tokens of one forward pass, padding included; on a CPU, more is no faster
+# Tokens of one forward pass, padding included. On a CPU a small model is fastest while its activations stay in the
+# cache: 1.5 s of processor time for a thousand rows of the demo with 1024 or 2048, 1.9 with 8192.
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 CHUNK_TOKENS = 1024  # positions whose logits exist at the same time: 0.6 GB in fp32 at 150k vocabulary
 
 
@@ -52,11 +54,11 @@ class Scorer:
     """
 
     def __init__(self, model: str, dtype: str = "auto", chat_template_kwargs: dict[str, Any] | None = None) -> None:
-        self.token_budget, self.out_of_memory = TOKEN_BUDGET, 0
         self._name = model
         self._template = chat_template_kwargs or {}
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype)
+        self.token_budget, self.out_of_memory = TOKEN_BUDGET.get(self._model.device.type, TOKEN_BUDGET["cuda"]), 0
         self._plain_head = self._head_gives_logits()
 
     @torch.inference_mode()
