@@ -245,17 +245,10 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.rounds):
         for name, launch in launches.items() if number % 2 else reversed(launches.items()):
             with tempfile.TemporaryDirectory() as directory:
-                options = {
-                    "policy": arguments.model,
-                    "dataset": arguments.prompts,
-                    "max_rows": arguments.rank_rows,
-                    "max_new_tokens": arguments.max_new_tokens,
-                    "batch_size": arguments.rank_batch_size,
-                    "max_length_ratio": 8,
-                    "output_dir": directory + "/pairs",
-                }
-                flags = [text for key, value in options.items() for text in ("--" + key.replace("_", "-"), str(value))]
-                command = [*launch, "-m", "sgpo_cli", "gen-pairs", *flags]
+                command = [*launch, "-m", "sgpo_cli", "gen-pairs", "--policy", arguments.model]
+                command += ["--dataset", arguments.prompts, "--max-rows", str(arguments.rank_rows)]
+                command += ["--max-new-tokens", str(arguments.max_new_tokens), "--max-length-ratio", "8"]
+                command += ["--batch-size", str(arguments.rank_batch_size), "--output-dir", directory + "/pairs"]
                 subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 manifest = json.loads(Path(directory, "pairs", "manifest.json").read_text())
             seconds[name].append(manifest["seconds"])
