@@ -181,6 +181,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_gen_pairs_under_a_memory_limit_ends_with_the_same_rows(base: Path, tmp_path: Path) -> None:
     """The limit is the system's (RLIMIT_AS), and the allocator that says no is torch's."""
     words = "the small harbour keeps every lost umbrella and lantern safe until somebody asks for it ".split()
