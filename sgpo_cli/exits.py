@@ -33,6 +33,10 @@ PATH_ERRNOS = {
 }
 
 
+# What torch says of it, on GPUs and CPUs.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
 class Terminated(BaseException):
     """SIGTERM or SIGHUP: leave as after Ctrl-C, with every finished batch kept."""
 
@@ -77,7 +81,7 @@ def _explained(debug: bool) -> Iterator[None]:
             raise
         _leave(UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions"), debug)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         first = str(error).splitlines()[0]
         _leave(ResourceError(f"out of memory: {first}", "lower the batch size or the length"), debug)
