@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from sgpo_cli.devices import is_out_of_memory
 from sgpo_cli.errors import ResourceError, SgpoError, UsageError
 
 RANK_EXITS = "SGPO_EXITS"  # where the ranks of a launch leave their exit codes, see `children.run`
@@ -31,10 +32,6 @@ PATH_ERRNOS = {
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
-
-
-# What torch says of it, on GPUs and CPUs.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 class Terminated(BaseException):
@@ -81,7 +78,7 @@ def _explained(debug: bool) -> Iterator[None]:
             raise
         _leave(UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions"), debug)
     except RuntimeError as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0]
         _leave(ResourceError(f"out of memory: {first}", "lower the batch size or the length"), debug)
