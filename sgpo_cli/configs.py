@@ -8,7 +8,7 @@ trainers are not listed: they pass through (`trl_options.py`).
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 from sgpo_cli.options import (
@@ -108,6 +108,11 @@ class TrainImproverConfig(TrainConfig):
 
     replay_ratio: Annotated[float, Ge(0)] = option("Rows prompt -> reference mixed in, per improver row.", 1.0)
     improver_prompt: str = option("Text file that asks for an improvement.", "improver", kind="prompt")
+    max_unchanged_share: Annotated[float, Ge(0), Lt(1)] | None = option(
+        "Rows whose target is the response as it was, of all: more are dropped, or the improver of a good policy "
+        "learns only to copy.",
+        None,
+    )
 
 
 @dataclass(kw_only=True)

@@ -32,11 +32,24 @@ def examples(config: TrainImproverConfig) -> tuple[list[Row], Counter[str], dict
     needs = ("prompt", "response", "target", *(["reference"] if config.replay_ratio else []))
     dataset = read_dataset(config, needs, config.model_name_or_path)
     rows = list(dataset)
+    rows, unchanged = with_fewer_unchanged(rows, config)
     request = prompts.load(config.improver_prompt)
     improver = [_example(prompts.improve(row["prompt"], row["response"], request), row["target"]) for row in rows]
     replay = [_example(row["prompt"], row["reference"]) for row in replayed(rows, config)]
     facts = {"improver_prompt": request, "improver_rows": len(improver), "replay_rows": len(replay)}
-    return improver + replay, count_set_aside(dataset), facts
+    return improver + replay, count_set_aside(dataset) + Counter(unchanged=unchanged), facts
+
+
+def with_fewer_unchanged(rows: list[Row], config: TrainImproverConfig) -> tuple[list[Row], int]:
+    """The rows with at most `max_unchanged_share` of them unchanged, a seeded choice, and how many were dropped."""
+    share = config.max_unchanged_share
+    same = [place for place, row in enumerate(rows) if row["target"].strip() == row["response"].strip()]
+    allowed = len(rows) if share is None else int(share / (1 - share) * (len(rows) - len(same)))
+    if len(same) <= allowed:
+        return rows, 0
+    dice = random.Random(derive_seed(config.seed, "unchanged"))
+    dropped = set(dice.sample(same, len(same) - allowed))
+    return [row for place, row in enumerate(rows) if place not in dropped], len(dropped)
 
 
 def replayed(rows: list[Row], config: TrainImproverConfig) -> list[Row]:
