@@ -12,7 +12,8 @@ from conftest import ROOT, chat, read_lines, run, sentence, write_lines
 
 from sgpo_cli import artifacts, pipeline, recipe
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name not in ("demo.yaml", "rivals.yaml"))
+DEMO_WORLD = ("demo", "rivals", "ablations", "rounds", "rounds-unified")
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in DEMO_WORLD)
 LAUNCH = ROOT / "recipes" / "launch"
 
 
@@ -30,14 +31,20 @@ def test_every_recipe_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch
             assert (ROOT / step.spec.launch.split()[1]).exists()
 
 
+@pytest.mark.parametrize("name", DEMO_WORLD)
+def test_a_recipe_of_the_demo_world_needs_nothing(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    book = recipe.read(ROOT / "recipes" / f"{name}.yaml")
+    assert all(step.state == pipeline.MISSING for step in pipeline.plan(book))
+
+
 def test_the_rivals_of_the_demo_world_have_equal_budgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     book = recipe.read(ROOT / "recipes" / "rivals.yaml")
-    assert all(step.state == pipeline.MISSING for step in pipeline.plan(book))
     own = ("model_name_or_path", "dataset", "output_dir", "learning_rate", "beta", "loss_type", "loss_weights")
     trained = [step for step in book.steps.values() if step.stage == "dpo"]
     budgets = [{key: value for key, value in step.options.items() if key not in own} for step in trained]
-    assert len(budgets) == 6
+    assert len(budgets) == 9
     assert all(budget == budgets[0] and budget["max_rows"] == 1150 for budget in budgets)
     judged = {Path(model).name for model in book.steps["scores"].options["models"]}
     assert judged == {"m0", *(step.name for step in trained)}
