@@ -12,7 +12,7 @@ from conftest import ROOT, chat, read_lines, run, sentence, write_lines
 
 from sgpo_cli import artifacts, pipeline, recipe
 
-DEMO_WORLD = ("demo", "rivals", "ablations", "rounds", "rounds-unified")
+DEMO_WORLD = ("demo", "rivals", "ablations", "rounds", "rounds-retrained")
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in DEMO_WORLD)
 LAUNCH = ROOT / "recipes" / "launch"
 
