@@ -80,6 +80,14 @@ class MakeTargetsConfig(RemoteConfig):
         "Read the teacher's answers from this file of a batch service; nothing is sent.", None, kind="guard"
     )
 
+    def __post_init__(self) -> None:
+        from sgpo_cli.gates import check_gates
+        from sgpo_cli.teachers import check_teacher  # which reads this config
+
+        super().__post_init__()
+        check_teacher(self.teacher)
+        check_gates(self.gates)
+
 
 @dataclass(kw_only=True)
 class FilterPplConfig(DataConfig):
@@ -256,6 +264,9 @@ class EvaluateConfig(RemoteConfig):
             self.judge_mode = "pairwise" if talks and self.baseline else "pointwise"
         if talks and self.judge_prompt is None:
             self.judge_prompt = f"judge_{self.judge_mode}"
+        from sgpo_cli.judges import check_judge  # which reads this config
+
+        check_judge(self)
 
 
 STAGES: dict[str, type[StageConfig]] = {

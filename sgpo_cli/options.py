@@ -131,6 +131,14 @@ class GenerateConfig(DataConfig):
         {},
     )
 
+    def __post_init__(self) -> None:
+        """An unknown engine is refused with the recipe, not when the step's turn comes."""
+        from sgpo_cli.engines.base import check_engine
+
+        super().__post_init__()
+        if self.engine != "openai":
+            check_engine(self.engine)
+
 
 @dataclass(kw_only=True)
 class RemoteConfig(GenerateConfig):
