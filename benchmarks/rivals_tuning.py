@@ -42,7 +42,7 @@ def tune(method: str, seed: int, run: Path, work: Path) -> dict[str, Any]:
         sgpo("dpo", *shared, "--step", method, "--output-dir", models[name], *flags)
     output = work / f"{method}-scores"
     named = [part for model in models.values() for part in ("--models", model)]
-    sgpo("evaluate", *shared, "--step", "scores", "--output-dir", output, *named)
+    sgpo("evaluate", *shared, "--step", "rival-scores", "--output-dir", output, *named)
     found: dict[str, dict[str, float]] = {name: {} for name in SETTINGS}
     for entry in json.loads((output / "metrics.json").read_text())["models"]:
         name = next(name for name, model in models.items() if model.name == entry["name"])

@@ -46,7 +46,7 @@ def test_the_rivals_of_the_demo_world_have_equal_budgets(monkeypatch: pytest.Mon
     budgets = [{key: value for key, value in step.options.items() if key not in own} for step in trained]
     assert len(budgets) == 9
     assert all(budget == budgets[0] and budget["max_rows"] == 1150 for budget in budgets)
-    judged = {Path(model).name for model in book.steps["scores"].options["models"]}
+    judged = {Path(model).name for model in book.steps["rival-scores"].options["models"]}
     assert judged == {"m0", *(step.name for step in trained)}
 
 
