@@ -3,8 +3,8 @@
     sgpo compare recipes/demo.yaml --seeds 5 --run-dir runs/rivals
     python benchmarks/comparison.py runs/rivals --name rivals
 
-Writes `benchmarks/comparison_<name>.json` and `docs/comparison_<name>.svg`, and puts the tables into
-`docs/comparison.md` between `<!-- rivals -->` and `<!-- end -->`; without that place there, it prints them.
+Writes `benchmarks/comparison_<name>.json` and `docs/comparison_<name>.svg`, and puts the tables into the page in
+`docs/` that has `<!-- rivals -->` and `<!-- end -->`, between them; without such a page, it prints them.
 """
 
 import argparse
@@ -66,15 +66,13 @@ def main() -> None:
     machine.write(f"comparison_{arguments.name}", figures)
     shutil.copyfile(arguments.run_dir / "comparison.svg", DOCS / f"comparison_{arguments.name}.svg")
     made = tables(figures)
-    page, place = (
-        DOCS / "comparison.md",
-        re.compile(rf"(<!-- {re.escape(arguments.name)} -->\n).*?(<!-- end -->)", re.S),
-    )
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    if not place.search(text):
-        print(made)
-        return
-    page.write_text(place.sub(lambda found: f"{found[1]}\n{made}\n\n{found[2]}", text), encoding="utf-8")
+    place = re.compile(rf"(<!-- {re.escape(arguments.name)} -->\n).*?(<!-- end -->)", re.S)
+    for page in DOCS.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        if place.search(text):
+            page.write_text(place.sub(lambda found: f"{found[1]}\n{made}\n\n{found[2]}", text), encoding="utf-8")
+            return
+    print(made)
 
 
 if __name__ == "__main__":
