@@ -139,7 +139,10 @@ def test_trls_trainer_goes_on_with_an_adapter(saved: dict[str, Path], name: str,
     for n, row in enumerate(rows):
         row["chosen"] = [{"role": "assistant", "content": sentence(n + 1)}]
         row["rejected"] = [{"role": "assistant", "content": sentence(n + 3)}]
-    args = DPOConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", logging_steps=1)
+    options = {"gradient_checkpointing": None, "activation_checkpointing": False}  # the old name, TRL's default, warns
+    args = DPOConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", logging_steps=1, **options
+    )
     tokenizer = AutoTokenizer.from_pretrained(saved[name])
     trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
@@ -184,4 +187,6 @@ def test_vllm_answers_as_our_engine_does(saved: dict[str, Path], base: Path, vll
     )
     assert result.returncode == 0, result.stderr
     made: Any = read_lines(tmp_path / "answers.jsonl")
-    assert dict(made) == {name: greedy(saved[name]) for name in TRAINED + MERGED}
+    # A random model also says halves of characters, which vLLM's chat leaves out and transformers shows.
+    wanted = {name: [text.replace("\ufffd", "") for text in greedy(saved[name])] for name in TRAINED + MERGED}
+    assert {name: [text.replace("\ufffd", "") for text in texts] for name, texts in dict(made).items()} == wanted
