@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sgpo_cli import launch
 from sgpo_cli.artifacts import sha256_file, sync_directory, write_atomically
@@ -64,6 +65,12 @@ def newest_whole(directory: Path) -> Path | None:
     return None
 
 
+def tokens_trained_on(checkpoint: Path) -> int:
+    """How many tokens the training had seen when it wrote the checkpoint."""
+    history = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]
+    return max((int(entry["num_tokens"]) for entry in history if "num_tokens" in entry), default=0)
+
+
 def _refuse_other_world(checkpoint: Path) -> None:
     made_by = len(list(checkpoint.glob("rng_state*.pth")))
     if made_by and made_by != launch.world_size():
@@ -81,6 +88,21 @@ class SealCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
         launch.wait()
+
+
+class LogBeforeSave(TrainerCallback):
+    """Ends the logging interval at each checkpoint.
+
+    Trainers log means since the last line, and a checkpoint does not hold what has come in since: the first line of
+    a run that continues would be the mean of fewer steps than that of a run that was never stopped.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
 
 
 class SaveWhenTerminated(TrainerCallback):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Self, TypeVar
 
 from sgpo_cli.batches import Batches, Row, derive_seed
 from sgpo_cli.engines import Engine, Generation, LazyEngine, Sampling, token_counts
@@ -16,12 +16,13 @@ from sgpo_cli.engines.base import AsksServer, FitsMemory, Message
 from sgpo_cli.progress import stopwatch
 from sgpo_cli.ranks import SharedWorkDone
 from sgpo_cli.remote.paid import Paid
+from sgpo_cli.sliced import Sliced
 from sgpo_cli.step import Step
 
 T = TypeVar("T")
 
 
-class Lazy(Sequence[T], Generic[T]):
+class Lazy(Sliced[T]):
     """A sequence whose items are made when they are asked for."""
 
     def __init__(self, length: int, make: Callable[[int], T]) -> None:
@@ -30,13 +31,8 @@ class Lazy(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, place: int) -> T: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[T]: ...
-    def __getitem__(self, place: int | slice) -> T | list[T]:
-        wanted = range(self._length)[place]
-        return self._make(wanted) if isinstance(wanted, int) else [self._make(each) for each in wanted]
+    def item(self, position: int) -> T:
+        return self._make(position)
 
     def __iter__(self) -> Iterator[T]:
         return map(self._make, range(self._length))
@@ -141,7 +137,7 @@ class Passes:
         return texts
 
 
-class Texts(Sequence[Generation]):
+class Texts(Sliced[Generation]):
     """The texts of a pass, a batch of them in memory; another rank's are waited for when they are asked for."""
 
     def __init__(self, batches: Batches, length: int, size: int) -> None:
@@ -150,14 +146,6 @@ class Texts(Sequence[Generation]):
 
     def __len__(self) -> int:
         return self._length
-
-    @overload
-    def __getitem__(self, place: int) -> Generation: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Generation]: ...
-    def __getitem__(self, place: int | slice) -> Generation | list[Generation]:
-        wanted = range(self._length)[place]
-        return self._text(wanted) if isinstance(wanted, int) else [self._text(each) for each in wanted]
 
     def stats(self) -> dict[str, float]:
         """Seconds and tokens, added up over the batches."""
@@ -172,8 +160,8 @@ class Texts(Sequence[Generation]):
         records = map(self._batches.record, range(-(-self._length // self._size)))
         return min((record["batch_tokens"] for record in records if "batch_tokens" in record), default=None)
 
-    def _text(self, place: int) -> Generation:
-        number, offset = divmod(place, self._size)
+    def item(self, position: int) -> Generation:
+        number, offset = divmod(position, self._size)
         if number != self._number:
             self._batch = [Generation(*packed) for packed in self._batches.record(number)["texts"]]
             self._number = number

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
-from typing import overload
 
 from sgpo_cli.rows import BadRow, Row, Rows
+from sgpo_cli.sliced import Sliced
 
 
-class JoinedRows(Sequence[Row]):
+class JoinedRows(Sliced[Row]):
     """Rows one data set after another.
 
     Data sets may have ids in common: the pairs of two rounds can be about the same prompts. So the id of a row of the
@@ -26,15 +26,7 @@ class JoinedRows(Sequence[Row]):
         for number, part in enumerate(self._parts, start=1):
             yield from (_numbered(row, number) for row in part)
 
-    @overload
-    def __getitem__(self, position: int) -> Row: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[Row]: ...
-    def __getitem__(self, position: int | slice) -> Row | list[Row]:
-        wanted = range(len(self))[position]
-        return self._row(wanted) if isinstance(wanted, int) else [self._row(each) for each in wanted]
-
-    def _row(self, position: int) -> Row:
+    def item(self, position: int) -> Row:
         number = next(number for number, end in enumerate(self._ends) if position < end)
         before = self._ends[number - 1] if number else 0
         return _numbered(self._parts[number][position - before], number + 1)

@@ -13,6 +13,7 @@ from sgpo_cli.comparison import distance
 
 SHINGLE = 5  # words in a row that two texts must share
 SKETCH = 6  # of a text's shingle hashes, the smallest; texts with 95 % alike share all six in 73 of 100 cases
+REPETITIVE = 0.2  # of its words, GRAM in a row, that a text has had before: more, and it repeats itself
 GRAM = 4  # words in a row that come again in a text that repeats itself
 LETTERS = 10  # that a text must have before its script counts
 MOST_WORDS = 1_000  # of a text, for what takes time

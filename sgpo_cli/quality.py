@@ -19,6 +19,7 @@ from sgpo_cli.artifacts import DATA_FILES
 from sgpo_cli.comparison import plain, sides
 from sgpo_cli.errors import IntegrityError
 from sgpo_cli.measures import (
+    REPETITIVE,
     edit_share,
     finite,
     histogram,
@@ -150,7 +151,7 @@ def _text_facts(name: str, sample: Sequence[Row]) -> dict[str, Any]:
     return {
         "words": quantiles([len(words) for words in split]),
         "characters": quantiles([len(text) for text in texts]),
-        "repetitive": round(sum(repetition(words) > 0.2 for _, words in long) / len(texts), 4),
+        "repetitive": round(sum(repetition(words) > REPETITIVE for _, words in long) / len(texts), 4),
         "unfinished": round(sum(not END.search(text) for text, _ in long) / len(texts), 4),
         "scripts": _scripts(texts),
     }

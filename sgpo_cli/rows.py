@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Literal
 
 from sgpo_cli.errors import IncompleteError, IntegrityError, UsageError
 from sgpo_cli.readers.sources import open_source
 from sgpo_cli.readers.strict import Fault, printable, shown
 from sgpo_cli.readers.text import Records
 from sgpo_cli.schema import NEEDS, REFERENCES, Columns, Message, Parsed, Row, Schema
+from sgpo_cli.sliced import Sliced
 
 __all__ = ["BadRow", "Columns", "Message", "Row", "Rows", "read_rows"]
 
@@ -50,7 +51,7 @@ class BadRow:
         return f"{self.where}{column}: {self.message}"
 
 
-class Rows(Sequence[Row]):
+class Rows(Sliced[Row]):
     """The good rows of a source, checked; the file behind them must not change while they are used."""
 
     def __init__(
@@ -74,21 +75,13 @@ class Rows(Sequence[Row]):
         return len(self._kept)
 
     def __iter__(self) -> Iterator[Row]:
-        return map(self._row, range(len(self)))
-
-    @overload
-    def __getitem__(self, position: int) -> Row: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[Row]: ...
-    def __getitem__(self, position: int | slice) -> Row | list[Row]:
-        wanted = range(len(self))[position]
-        return self._row(wanted) if isinstance(wanted, int) else [self._row(each) for each in wanted]
+        return map(self.item, range(len(self)))
 
     def where(self, position: int) -> str:
         """`file:row` of a row, for messages."""
         return self._records.where(self._kept[position])
 
-    def _row(self, position: int) -> Row:
+    def item(self, position: int) -> Row:
         try:
             parsed = self._schema.parse(self._records.read(self._kept[position]))
         except Fault as fault:

@@ -94,17 +94,23 @@ def train(
         names = save(job, trainer, step.directory)
         found |= _summary(trainer, lengths, reference) | _look(job, trainer, rows, tokens)
         if launch.is_main():
-            books = _counts(lengths, rejected)
-            history = model_card.lineage(config, step.request.stage, job.method.name, job.args, books["rows_out"])
-            logged = trainer.state.log_history
-            names += model_card.write(step.directory, history, found | {"rows": books}, logged)
-            step.finish(names, {**books, "training": found, "lineage": history, **(facts or {})})
-            shutil.rmtree(step.directory / CACHE, ignore_errors=True)
-            if config.trainer.get("push_to_hub"):
-                saving.push(trainer.args, step.directory, names)
+            _finish(job, trainer, step, names, {**_counts(lengths, rejected), "training": found, **(facts or {})})
         # Together: gloo (torch 2.13) can wait for itself for ever when it is taken down right after a collective.
         launch.wait()
         trainer.end()  # type: ignore[no-untyped-call]
+
+
+def _finish(job: Job, trainer: Trainer, step: Step, names: list[str], facts: dict[str, Any]) -> None:
+    """Card, manifest, and the Hub if it is asked for; by the main process."""
+    history = model_card.lineage(job.config, step.request.stage, job.method.name, job.args, facts["rows_out"])
+    books = {name: facts[name] for name in ("rows_in", "rows_out", "rejected")}
+    names = names + model_card.write(
+        step.directory, history, facts["training"] | {"rows": books}, trainer.state.log_history
+    )
+    step.finish(names, facts | {"lineage": history})
+    shutil.rmtree(step.directory / CACHE, ignore_errors=True)
+    if job.config.trainer.get("push_to_hub"):
+        saving.push(trainer.args, step.directory, names)
 
 
 def prepare(config: TrainConfig, directory: Path) -> Job:
@@ -165,6 +171,7 @@ def build(
             checks.LogProgress(step.request.stage),
             checkpoints.SealCheckpoints(),
             checkpoints.SaveWhenTerminated(),
+            checkpoints.LogBeforeSave(),
             *([reference] if reference else []),
         ],
     )
@@ -239,6 +246,8 @@ def fit(trainer: Trainer, directory: Path) -> None:
     """Train from the start, or from the newest whole checkpoint."""
     found = checkpoints.newest_whole(directory) if launch.is_main() else None
     checkpoint = launch.agreed(found)
+    if checkpoint:
+        trainer._total_train_tokens = checkpoints.tokens_trained_on(checkpoint)  # TRL (1.16) would count from 0
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 

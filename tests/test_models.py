@@ -124,6 +124,11 @@ class TestEngine:
             open_engine("vlm", "x")
 
 
+def logged(directory: Path) -> list[dict[str, Any]]:
+    """What a training has logged of each step, without the summary of how long it took."""
+    return [entry for entry in json.loads((directory / "training_log.json").read_text()) if "loss" in entry]
+
+
 class TestTraining:
     def test_first_dpo_loss_is_ln_2(self, base: Path, pairs: Path, tmp_path: Path) -> None:
         facts = run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **SMALL)
@@ -198,12 +203,13 @@ class TestTraining:
     ) -> None:
         options = SMALL | {
             "save_steps": 2,
+            "logging_steps": 4,
             "save_total_limit": 3,
             "model_name_or_path": str(base),
             "dataset": str(answers),
         }
-        run_stage("sft", tmp_path / "whole", **options)
         whole = tmp_path / "whole"
+        facts = run_stage("sft", whole, **options)
         names = sorted(path.name for path in whole.glob("checkpoint-*"))
         assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
         for damage in ("optimizer.pt", "scheduler.pt", "model.safetensors", "sgpo_seal.json"):
@@ -214,8 +220,10 @@ class TestTraining:
             shutil.rmtree(again / "checkpoint-6")
             half = (again / "checkpoint-4" / damage).read_bytes()
             (again / "checkpoint-4" / damage).write_bytes(half[: len(half) // 2])
-            run_stage("sft", again, **options)
+            continued = run_stage("sft", again, **options)
             assert weights(again) == weights(whole)
+            assert logged(again) == logged(whole)
+            assert continued["training"]["tokens"] == facts["training"]["tokens"]
 
     def test_an_adapter_is_trained_generated_with_and_scored_with(
         self, base: Path, answers: Path, tmp_path: Path

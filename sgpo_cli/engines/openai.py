@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import httpx2 as httpx
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
@@ -29,6 +29,7 @@ from sgpo_cli.remote.gate import Limits
 from sgpo_cli.remote.paid import Paid, number_of
 from sgpo_cli.remote.secret import redact, redact_bytes
 from sgpo_cli.remote.tally import Tally
+from sgpo_cli.sliced import Sliced
 
 logger = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 1 << 20
@@ -168,13 +169,16 @@ class OpenAIEngine:
         texts = PaidTexts(paid, numbers)
         missing = sum(paid.find(number) is None for number in numbers) if tally.failed else 0
         if missing > self.terms.max_failed:
-            kinds = ", ".join(f"{count} x {kind}" for kind, count in tally.failure_kinds())
-            raise IncompleteError(
-                f"{self.url}: {missing} of {len(numbers)} rows failed after retries ({kinds}), "
-                f"--max-failed is {self.terms.max_failed}; the other answers are kept",
-                "run the same command again: only the failed rows are asked for again",
-            )
+            raise self._too_many(missing, len(numbers), tally)
         return Asked(texts, self._facts(asker, tally, paid, texts, reused, missing))
+
+    def _too_many(self, missing: int, rows: int, tally: Tally) -> IncompleteError:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in tally.failure_kinds())
+        return IncompleteError(
+            f"{self.url}: {missing} of {rows} rows failed after retries ({kinds}), "
+            f"--max-failed is {self.terms.max_failed}; the other answers are kept",
+            "run the same command again: only the failed rows are asked for again",
+        )
 
     def _explained(self, error: RemoteError) -> RemoteError:
         """The error with the server's address; where there is no such model, with those that there are."""
@@ -234,7 +238,7 @@ class OpenAIEngine:
         return facts | ({"cost": round(paid.cost(self.terms.prices), 6)} if self.terms.prices is not None else {})
 
 
-class PaidTexts(Sequence[Generation]):
+class PaidTexts(Sliced[Generation]):
     """The texts of requests, by their numbers, read from the log; one that has no answer has failed."""
 
     def __init__(self, paid: Paid, numbers: "array[int]") -> None:
@@ -243,16 +247,8 @@ class PaidTexts(Sequence[Generation]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> Generation: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Generation]: ...
-    def __getitem__(self, place: int | slice) -> Generation | list[Generation]:
-        wanted = range(len(self))[place]
-        return self._text(wanted) if isinstance(wanted, int) else [self._text(each) for each in wanted]
-
-    def _text(self, place: int) -> Generation:
-        found = self._paid.find(self._numbers[place])
+    def item(self, position: int) -> Generation:
+        found = self._paid.find(self._numbers[position])
         if found is None:
             return Generation("", "failed")
         answer: Answer = self._paid.read(found)

@@ -15,12 +15,11 @@ from sgpo_cli.comparison import plain
 from sgpo_cli.dataset import read_dataset
 from sgpo_cli.generation import Lazy
 from sgpo_cli.guard_configs import CheckPairsConfig
-from sgpo_cli.measures import edit_share, length_ratio, repetition
+from sgpo_cli.measures import REPETITIVE, edit_share, length_ratio, repetition
 from sgpo_cli.preference import margins, preferred
 from sgpo_cli.score_functions import ScoreFunction, open_function
 from sgpo_cli.step import Step
 
-REPETITIVE = 0.2  # of four words in a row, those that the text has had before
 # Why gen-pairs drops a pair of which one text is no answer, or no match for the other.
 UNUSABLE = ("cut", "empty", "length_ratio", "meta_talk", "control_character", "control_token")
 Compare = Callable[[list[Row]], list[Row]]
@@ -51,8 +50,8 @@ def run(config: CheckPairsConfig, step: Step) -> None:
             "verdict": verdict.health,
             "reasons": verdict.reasons,
             "best": config.previous or config.policy,
+            "measures": measures,
         }
-        facts |= {"measures": measures}
         write_atomically(step.directory / "verdict.json", json.dumps(facts, indent=2) + "\n")
         step.finish(["verdict.json"], facts | stats)
 

@@ -19,14 +19,13 @@ from sgpo_cli.engines import Generation, LazyEngine, Sampling
 from sgpo_cli.gates import META_TALK, text_problem
 from sgpo_cli.generation import Lazy, Passes, seeds_for
 from sgpo_cli.guard_configs import CheckPolicyConfig
-from sgpo_cli.measures import length_ratio, repetition, script
+from sgpo_cli.measures import REPETITIVE, length_ratio, repetition, script
 from sgpo_cli.preference import margins, preferred
 from sgpo_cli.ranks import SharedWorkDone
 from sgpo_cli.remote.connect import open_generation
 from sgpo_cli.score_functions import open_function
 from sgpo_cli.step import Step
 
-REPETITIVE = 0.2  # of four words in a row, those that the text has had before
 Answers = dict[str, Sequence[Generation]]
 Scores = dict[str, dict[str, Sequence[float | None]]]
 COLUMNS = ("policy_sampled", "policy_greedy", "improver_greedy")
