@@ -69,6 +69,7 @@ def _load(job: training.Job, longest: int) -> Load:
         reference=isinstance(args, DPOConfig) and not args.precompute_ref_log_probs,
         half_weights=job.start.dtype in HALF,
         rank=job.model_args.lora_r or 16,
+        dropout=bool(job.model_args.lora_dropout) and not getattr(args, "disable_dropout", False),
     )
 
 
@@ -80,11 +81,11 @@ def _memory(job: training.Job, shape: Shape, load: Load) -> Iterator[str]:
         both = f"{alone:>8.1f} GiB   " + (f"{sharded:>14.1f} GiB" if method != "qlora" else f"{'not sharded':>18}")
         chosen = "  <- this step" if method == job.method.name else ""
         yield f"  {name:<24}{both}   {_fits(alone, sharded if method != 'qlora' else None)}{chosen}"
-    activations = memory.activation_bytes(shape, load) / GIB
+    activations = memory.activation_bytes(shape, job.method.name, load) / GIB
     how = "with" if load.checkpointing else "without"
     yield (
-        f"  of it {activations:.1f} GiB activations: {load.sequences} sequences of {load.tokens} tokens, {how} "
-        "activation checkpointing"
+        f"  of it {activations:.1f} GiB beside weights, gradients and optimizer, for {load.sequences} sequences of "
+        f"{load.tokens} tokens, {how} activation checkpointing"
     )
 
 

@@ -1,5 +1,7 @@
 """Estimates of memory and time, against what is counted and measured."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from conftest import Sgpo, chat, sentence, write_lines
 from sgpo_cli.errors import UsageError
 
 pytestmark = pytest.mark.model
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def llama_3_8b() -> object:
@@ -30,11 +34,12 @@ def test_a_known_model_has_its_known_size() -> None:
     shape = Shape.from_config(llama_3_8b())  # type: ignore[arg-type]
     assert shape.parameters == 8_030_261_248  # of the published model
     load = Load(sequences=2, tokens=2048, checkpointing=True, reference=False, half_weights=True)
-    # Full: 16 bytes a parameter and bf16 copies; LoRA r 16 of all linear layers has 41.9 M parameters.
-    assert state_bytes(shape, "full", load) / GIB == pytest.approx(16 * 8.03e9 / GIB, rel=0.15)
+    # Full: 16 bytes a parameter; LoRA r 16 of all linear layers has 41.9 M parameters.
+    assert state_bytes(shape, "full", load) / GIB == pytest.approx(16 * 8.03e9 / GIB, rel=0.001)
     assert 16 * shape.linear_widths == 41_943_040
     assert state_bytes(shape, "lora", load) / GIB == pytest.approx(2 * 8.03e9 / GIB, rel=0.05)
     assert 5 < state_bytes(shape, "qlora", load) / GIB < 6.5
+    assert (shape.queries, shape.keys, shape.head, shape.tied) == (4096, 1024, 128_256 * 4096, False)
 
 
 def test_counted_states_are_those_of_a_real_training_step(base: Path) -> None:
@@ -54,7 +59,33 @@ def test_counted_states_are_those_of_a_real_training_step(base: Path) -> None:
     counted = sum(tensor.nbytes for tensor in [*model.parameters(), *grads, *moments])
     shape = Shape.of(str(base))
     load = Load(sequences=1, tokens=8, checkpointing=False, reference=False, half_weights=False)
-    assert state_bytes(shape, "full", load) - 2 * shape.linear == counted
+    assert state_bytes(shape, "full", load) == counted
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_the_peak_of_a_real_training(
+    monkeypatch: pytest.MonkeyPatch, kind: str, method: str, checkpointing: bool
+) -> None:
+    """A smaller version of benchmarks/memory_estimate.py, whose JSON has more methods, sizes and lengths."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from memory_estimate import Case, compare
+
+    row = compare(Case(kind, method, checkpointing, hidden=128, intermediate=448, layers=4, heads=4, tokens=96))
+    assert row["ratio"] == pytest.approx(1, abs=0.1)
+    assert row["ratio_beyond_states"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_benchmark_has_the_estimates_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from memory_estimate import MIB, Case, estimate
+
+    found = json.loads((BENCHMARKS / "memory_estimate.json").read_text())
+    assert all(0.9 < ratio < 1.1 for values in found["ranges"].values() for ratio in values)
+    for row in found["cases"]:
+        case = Case(**{field.name: row[field.name] for field in fields(Case)})
+        assert sum(estimate(case)) / MIB == pytest.approx(row["estimated_mib"], abs=0.06)
 
 
 def test_sharding_and_checkpointing_save_memory() -> None:
@@ -62,7 +93,8 @@ def test_sharding_and_checkpointing_save_memory() -> None:
 
     shape = Shape.from_config(llama_3_8b())  # type: ignore[arg-type]
     kept, again = (Load(2, 2048, checkpointing, False, True) for checkpointing in (False, True))
-    assert activation_bytes(shape, again) < activation_bytes(shape, kept) / 5
+    for method in ("lora", "qlora"):
+        assert activation_bytes(shape, method, again) < activation_bytes(shape, method, kept) / 5
     assert total_bytes(shape, "full", again, 8) < total_bytes(shape, "full", again) / 4
 
 
