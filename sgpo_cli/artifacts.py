@@ -32,11 +32,11 @@ def sha256_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a crash at any moment leaves the old file or the new one, never a mixture."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write so that a crash at any moment leaves the old file or the new one, never a mixture."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,60 +1,43 @@
-"""The learning curves of a training as one SVG beside the model, for its card, the Hub and a browser."""
+"""The learning curves of a training as one picture beside the model, for its card and the Hub."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.etree.ElementTree import Element, fromstring, tostring
 
-from sgpo_cli.report import charts, figures
+from matplotlib.figure import Figure
 
-NAME = "learning_curves.svg"
-COLUMNS, GAP, HEAD = 2, 24, 40
-# Its own colours: the page that shows it has no say in a picture. The first three are those of report.css.
-STYLE = """
-.paper { fill: #fdfdfc } text { font: 11px system-ui, sans-serif; fill: #5f6368 }
-.title { font-size: 14px; fill: #1c1d1f }
-.end { text-anchor: end } .middle { text-anchor: middle } .grid { stroke: #dcdcd8 } .axis { stroke: #5f6368 }
-.curve { fill: none; stroke-width: 1.8; stroke-linejoin: round } .curve.s2 { stroke-dasharray: 6 4 }
-.curve.s1 { stroke: #1f6fb4 } .curve.s2 { stroke: #cf5a00 } .dot.s1, .key.s1 { fill: #1f6fb4 }
-.dot.s2, .key.s2 { fill: #cf5a00 }
-@media (prefers-color-scheme: dark) {
-  .paper { fill: #15171a } text { fill: #9aa0a8 } .title { fill: #e3e4e6 } .grid { stroke: #33373d }
-  .axis { stroke: #9aa0a8 } .curve.s1 { stroke: #63adea } .curve.s2 { stroke: #f29a52 }
-  .dot.s1, .key.s1 { fill: #63adea } .dot.s2, .key.s2 { fill: #f29a52 }
-}
-"""
+from sgpo_cli.report import figures
+
+NAME = "learning_curves.png"
+COLUMNS = 2
+PANEL = (4.2, 2.6)  # inches
+STYLES = ("-", "--")  # a second line is told apart by more than its colour
 
 
-def picture(name: str, history: Sequence[Mapping[str, Any]]) -> str:
-    """The curves of `name` from a trainer's log history; empty if it holds none."""
+def picture(name: str, history: Sequence[Mapping[str, Any]]) -> bytes:
+    """The curves of `name` from a trainer's log history as PNG, the same bytes each time; empty if it holds none."""
     log = [
         {key: value for key, value in entry.items() if isinstance(value, int | float) and math.isfinite(value)}
         for entry in history
     ]
-    panels = figures.learning_curves(name, [entry for entry in log if "step" in entry])
+    panels = figures.logged_curves([entry for entry in log if "step" in entry])
     if not panels:
-        return ""
-    width, height = charts.WIDTH + GAP, charts.HEIGHT + HEAD + GAP
+        return b""
     rows = math.ceil(len(panels) / COLUMNS)
-    svg = charts.canvas(COLUMNS * width + GAP, rows * height + GAP, f"Learning curves of {name}")
-    svg.set("xmlns", "http://www.w3.org/2000/svg")
-    svg.set("width", f"{COLUMNS * width + GAP}")
-    charts.add(svg, "style", text="").text = STYLE
-    charts.add(svg, "rect", "paper", width="100%", height="100%")
-    for order, panel in enumerate(panels):
-        _place(svg, panel, GAP + order % COLUMNS * width, GAP + order // COLUMNS * height)
-    return tostring(svg, encoding="unicode") + "\n"
-
-
-def _place(svg: Element, panel: Mapping[str, Any], x: int, y: int) -> None:
-    """One chart below its title, its note or the names of its lines."""
-    charts.add(svg, "text", "title", panel["title"], x=x, y=y + 12)
-    names = panel["legend"] or [panel["note"]]
-    place = x
-    for order, name in enumerate(names, 1):
-        charts.add(svg, "text", f"key s{order}" if panel["legend"] else "", name, x=place, y=y + 30)
-        place += 8 * len(name)
-    chart = fromstring(str(panel["svg"]))
-    for key, value in (("x", x), ("y", y + HEAD), ("width", charts.WIDTH), ("height", charts.HEIGHT)):
-        chart.set(key, str(value))
-    svg.append(chart)
+    figure = Figure((COLUMNS * PANEL[0], rows * PANEL[1] + 0.4), layout="constrained")
+    figure.suptitle(f"Learning curves of {name}", parse_math=False)
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, COLUMNS, place)
+        axes.set_title(panel.title, fontsize=10, loc="left")
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        if place > len(panels) - COLUMNS:
+            axes.set_xlabel("optimizer step", fontsize=8)
+        for (label, points), style in zip(panel.series, STYLES, strict=False):
+            axes.plot(*zip(*points, strict=True), style, label=label, marker="." if len(points) == 1 else "")
+        if len(panel.series) > 1:
+            axes.legend(fontsize=8)
+    made = io.BytesIO()
+    figure.savefig(made, format="png", dpi=120, metadata={"Software": None})
+    return made.getvalue()

@@ -71,7 +71,8 @@ class RowProgress:
         self._shown = now
         elapsed = max(now - self._started, 1e-9)
         rate = (self._done - self._before) / elapsed
-        speed = f"{rate:.3g} rows/s" + (f", {self._tokens / elapsed:.0f} tokens/s" if self._tokens else "")
+        speed = f"{rate:,.0f} rows/s" if rate >= 100 else f"{rate:.3g} rows/s"
+        speed += f", {self._tokens / elapsed:,.0f} tokens/s" if self._tokens else ""
         speed += self._note()
         self._bar.update(self._task, completed=self._done, rate=speed)
         if self._bar.disable and (now - self._printed > LINE_SECONDS or self._done == self._total):

@@ -1,6 +1,7 @@
 """Each section's numbers and charts, ready for the template."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sgpo_cli.report import charts
@@ -25,6 +26,15 @@ CURVES: list[tuple[str, str, dict[str, str]]] = [
     ("Gradient norm", "spikes are a sign of trouble", {"grad_norm": "norm"}),
     ("Learning rate", "as the schedule has it", {"learning_rate": "rate"}),
 ]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over the optimizer steps; `series` are its lines, each a name and (step, value) points."""
+
+    title: str
+    note: str
+    series: list[tuple[str, list[tuple[float, float]]]]
 
 
 def headline(run: Run) -> str:
@@ -166,25 +176,29 @@ def curves(step: StepFacts) -> dict[str, Any]:
     return {
         "step": step.name,
         "stage": step.stage,
-        "charts": learning_curves(step.name, step.log),
+        "charts": [_drawn(step.name, curve) for curve in logged_curves(step.log)],
         "training": training,
     }
 
 
-def learning_curves(name: str, log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """A chart for each quantity that a trainer has logged, with its title, its note and the names of its lines."""
-    found = []
+def logged_curves(log: Sequence[Mapping[str, float]]) -> list[Curve]:
+    """What a trainer has logged, by step; of a preference loss without the token accuracy, which is of one side."""
     paired = any("rewards/margins" in entry for entry in log)
+    found = []
     for title, note, keys in CURVES:
         series = [
             (label, [(entry["step"], entry[key]) for entry in log if key in entry]) for key, label in keys.items()
         ]
         series = [(label, points) for label, points in series if points]
         if series and not (title == "Token accuracy" and paired):
-            svg = charts.lines(f"{name}: {title}", series, "optimizer step")
-            legend = [label for label, _ in series] if len(series) > 1 else []
-            found.append({"title": title, "note": note, "legend": legend, "svg": svg})
+            found.append(Curve(title, note, series))
     return found
+
+
+def _drawn(name: str, curve: Curve) -> dict[str, Any]:
+    legend = [label for label, _ in curve.series] if len(curve.series) > 1 else []
+    svg = charts.lines(f"{name}: {curve.title}", curve.series, "optimizer step")
+    return {"title": curve.title, "note": curve.note, "legend": legend, "svg": svg}
 
 
 def _training(manifest: Manifest | None) -> str:
