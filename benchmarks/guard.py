@@ -5,7 +5,8 @@
 Each seed's base is a run of `recipes/demo.yaml` (world, m0, targets, filtered, improver, pairs, m1), made if it is
 not there: runs of `demo_seeds.py` are taken as they are, and only what is hostile is made anew, beside them in
 `guard-<seed>`. Healthy: the base's first round, and a second one on other prompts from M1 with an improver trained
-anew on M1's answers. Hostile: learning rate x 10; temperature 1.5; an improver with noise on its weights; one taught
+anew on M1's answers; with `--ablations runs/ablations` also the rounds of `sgpo compare recipes/ablations.yaml` for
+the same seeds. Hostile: learning rate x 10; temperature 1.5; an improver with noise on its weights; one taught
 by a teacher that sends junk alone; one without replay; pairs of which 49 in 50 are the same text twice; chosen
 and rejected exchanged. Every round is trained to its end, whatever the guard says, so that it shows what a stop
 prevented: `after` against `before` is what the policy would have become, `result` what the guard's best scores.
@@ -23,20 +24,32 @@ from typing import Any
 
 import machine
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = RECIPES / "demo.yaml"
 NOISE = 0.3  # standard deviations of a matrix
 STOPPED = 9
+ABLATED = {  # round of recipes/ablations.yaml: its pairs, the model that DPO starts from, the last good model
+    "sgpo": ("pairs", "improver", "improver"),
+    "quantile": ("quantile-pairs", "quantile-improver", "quantile-improver"),
+    "two-steps": ("two-step-pairs", "improver", "improver"),
+    "sampled-chosen": ("sampled-pairs", "improver", "improver"),
+    "round-1": ("round-1-pairs", "improver", "improver"),
+    "unified-2": ("unified-2-pairs", "round-1", "round-1"),
+    "unified-3": ("unified-3-pairs", "unified-2", "unified-2"),
+    "retrained-2": ("retrained-2-pairs", "retrained-2-improver", "round-1"),
+    "retrained-3": ("retrained-3-pairs", "retrained-3-improver", "retrained-2"),
+}
 Row = dict[str, Any]
 
 
 class Bench:
     """The rounds of one seed; models and data are named by their directories."""
 
-    def __init__(self, seed: int, runs: Path) -> None:
+    def __init__(self, seed: int, runs: Path, recipe: Path = RECIPE) -> None:
         self.seed, self.base, self.own = seed, runs / f"seed-{seed}", runs / f"guard-{seed}"
         self.own.mkdir(parents=True, exist_ok=True)
         self.heldout = self.base / "world/heldout"
-        self._sgpo("run", RECIPE, "--run-dir", self.base, "--seed", seed)
+        self._sgpo("run", recipe, "--run-dir", self.base, "--seed", seed)
 
     def _sgpo(self, *arguments: object) -> int:
         code = subprocess.run([sys.executable, "-m", "sgpo_cli", *map(str, arguments)]).returncode
@@ -77,6 +90,11 @@ class Bench:
         model = self.step(f"{name}-m1", "m1", "dpo", model_name_or_path=start, dataset=pairs, **training)
         if model is None:
             raise SystemExit(3)
+        return self.judged_round(row, start, pairs, before, model)
+
+    def judged_round(self, row: Row, start: Path, pairs: Path, before: Path, model: Path) -> Row:
+        """What came of a round and what both checks say of it, with the demo's judge and without one."""
+        name = row["round"]
         row["after"] = self.score(model)
         row["verdicts"], row["stopped"], row["result"] = {}, {}, {}
         for judge in ("demo", None):
@@ -138,6 +156,18 @@ def healthy(bench: Bench) -> list[Callable[[], Row]]:
     return [lambda: bench.round("first", base / "improver", base / "pairs", base / "improver"), second]
 
 
+def ablated(seed: int, runs: Path) -> list[Callable[[], Row]]:
+    """The rounds of a finished comparison; only checks and scores are made anew."""
+    bench = Bench(seed, runs, RECIPES / "ablations.yaml")
+
+    def look(name: str) -> Row:
+        pairs, start, before = (bench.base / step for step in ABLATED[name])
+        row = {"seed": seed, "round": name, "start": bench.score(before)}
+        return bench.judged_round(row, start, pairs, before, bench.base / name)
+
+    return [lambda name=name: look(name) for name in ABLATED]  # type: ignore[misc]
+
+
 def hostile(bench: Bench) -> list[Callable[[], Row]]:
     base = bench.base
     start, pairs = base / "improver", base / "pairs"
@@ -190,13 +220,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--ablations", type=Path, help="run_dir of a finished comparison of recipes/ablations.yaml")
     parser.add_argument("--rounds", nargs="*", default=["healthy", "hostile"], choices=["healthy", "hostile"])
     arguments = parser.parse_args()
     rows: dict[str, list[Row]] = {kind: [] for kind in arguments.rounds}
     for seed in arguments.seeds:
         bench = Bench(seed, arguments.runs)
         for kind, found in rows.items():
-            for each in {"healthy": healthy, "hostile": hostile}[kind](bench):
+            made = {"healthy": healthy, "hostile": hostile}[kind](bench)
+            if kind == "healthy" and arguments.ablations:
+                made += ablated(seed, arguments.ablations)
+            for each in made:
                 found.append(judged(each()))
                 machine.write("guard", {"summary": summary(rows), "rounds": rows})  # a stop costs one round
     print(json.dumps(summary(rows), indent=1))

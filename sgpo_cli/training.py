@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTTrainer
@@ -159,7 +160,8 @@ def build(
     args = job.args
     reference = None
     if isinstance(args, DPOConfig):
-        reference = checks.CheckReference(args.loss_type, other=job.reference is not None)
+        half = bool(args.bf16 or args.fp16 or args.tf32) or job.method.dtype != torch.float32
+        reference = checks.CheckReference(args.loss_type, args.beta, half=half, other=job.reference is not None)
     models = _models(job)
     trainer = _trainer_class(job)(
         **models,

@@ -146,10 +146,17 @@ class TestTraining:
 
         from sgpo_cli.checks import CheckReference
 
-        check, state = CheckReference(["sigmoid"]), TrainerState(global_step=1)
-        logs = {"loss": 0.7209, "rewards/chosen": 0.45, "rewards/rejected": 0.5}
-        with pytest.raises(DivergedError, match=r"0\.7209"):
+        def first(loss: float, reward: float, **options: bool) -> None:
+            check, state = CheckReference(["sigmoid"], 0.1, **options), TrainerState(global_step=1)
+            logs = {"loss": loss, "rewards/chosen": 0.0, "rewards/rejected": reward}
             check.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), logs)
+
+        for half in (False, True):
+            with pytest.raises(DivergedError, match=r"0\.7209"):
+                first(0.7209, 0.5, half=half)
+        first(0.6735, -0.04, half=True)  # what 16 bits do to log-probabilities that add up to some hundred nats
+        with pytest.raises(DivergedError, match=r"0\.6735"):
+            first(0.6735, -0.04)
 
     @pytest.mark.parametrize("stage", ["sft", "dpo"])
     def test_nan_stops_with_exit_8_and_no_model(
