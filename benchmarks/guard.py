@@ -9,7 +9,8 @@ anew on M1's answers; with `--ablations runs/ablations` also the rounds of `sgpo
 the same seeds. Hostile: learning rate x 10; temperature 1.5; an improver with noise on its weights; one taught
 by a teacher that sends junk alone; one without replay; pairs of which 49 in 50 are the same text twice; chosen
 and rejected exchanged. Every round is trained to its end, whatever the guard says, so that it shows what a stop
-prevented: `after` against `before` is what the policy would have become, `result` what the guard's best scores.
+prevented: `after` against `start` is what the policy would have become, `result` what the guard's best scores. Of
+pairs that are nearly all the same text twice there is nothing to learn: that stop comes without a fall.
 Writes `benchmarks/guard.json`. What is finished is not made again.
 """
 
@@ -203,15 +204,22 @@ def hostile(bench: Bench) -> list[Callable[[], Row]]:
 
 
 def judged(row: Row) -> Row:
-    """Whether the round did harm, and whether what stands after the guard is worse than the start."""
+    """What fell in the round, and whether what stands after the guard is worse than the start.
+
+    A policy falls by more than both intervals; an improver falls when its improvements of the new model's answers are
+    certainly worse than those answers, by more than 0.02.
+    """
 
     def fell(scores: dict[str, float]) -> bool:
         first = row["start"]
         return any(scores[name] < first[name] - first["half"] - scores["half"] for name in ("sampled", "greedy"))
 
-    harmful = "after" in row and fell(row["after"])
+    apart = [0.0, 0.0, 0.0]
+    if row["verdicts"]:
+        apart = row["verdicts"]["demo"]["policy"]["measures"]["differences"]["improver_over_policy"]
     return row | {
-        "harmful": harmful,
+        "policy_fell": "after" in row and fell(row["after"]),
+        "improver_fell": apart[0] < -0.02 and apart[2] < 0,
         "result_fell": {key: fell(found) for key, found in row.get("result", {}).items()},
     }
 
@@ -237,20 +245,24 @@ def main() -> None:
 
 
 def summary(rows: dict[str, list[Row]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Per kind and judge: rounds, those stopped, harmful ones that were not, and results worse than the start."""
-    return {
-        kind: {
-            key: {
-                "rounds": len(found),
-                "stopped": sum(row["stopped"][key] for row in found),
-                "harmful": sum(row["harmful"] for row in found),
-                "harmful_not_stopped": sum(row["harmful"] and not row["stopped"][key] for row in found),
-                "result_below_start": sum(row["result_fell"].get(key, False) for row in found),
-            }
-            for key in ("demo", "alone")
+    """Per kind and judge: rounds, stops, falls that were not stopped, stops without a fall, and results that fell."""
+
+    def counts(found: list[Row], key: str) -> dict[str, int]:
+        free = [row for row in found if not row["stopped"][key]]
+        return {
+            "rounds": len(found),
+            "stopped": len(found) - len(free),
+            "policy_fell": sum(row["policy_fell"] for row in found),
+            "policy_fell_not_stopped": sum(row["policy_fell"] for row in free),
+            "improver_fell": sum(row["improver_fell"] for row in found),
+            "improver_fell_not_stopped": sum(row["improver_fell"] for row in free),
+            "stopped_without_a_fall": sum(
+                row["stopped"][key] and not row["policy_fell"] and not row["improver_fell"] for row in found
+            ),
+            "result_below_start": sum(row["result_fell"].get(key, False) for row in found),
         }
-        for kind, found in rows.items()
-    }
+
+    return {kind: {key: counts(found, key) for key in ("demo", "alone")} for kind, found in rows.items()}
 
 
 if __name__ == "__main__":
