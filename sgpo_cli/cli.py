@@ -5,7 +5,6 @@ A flag beats the recipe, the recipe beats the default.
 """
 
 import inspect
-import json
 import logging
 import os
 import sys
@@ -90,7 +89,7 @@ def _flag(field: Field[Any]) -> inspect.Parameter:
 def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "[" + "|".join(map(str, get_args(annotation))) + "]"
-    words = {"int": "INTEGER", "float": "NUMBER", "dict": "JSON"}
+    words = {"int": "INTEGER", "float": "NUMBER", "dict": "MAP"}
     return next((words[name] for name in words if name in str(annotation)), "TEXT")
 
 
@@ -153,6 +152,8 @@ def _command(stage: str, config: type[StageConfig]) -> Callable[..., None]:
 def trailing_options(arguments: list[str]) -> dict[str, Any]:
     """`--learning-rate 1e-4 --use-peft --no-bf16` as {"learning_rate": "1e-4", "use_peft": True, "bf16": False}.
 
+    A flag with several values, or given several times, is a list.
+
     Raises:
         UsageError: an argument that belongs to no flag.
     """
@@ -166,18 +167,18 @@ def trailing_options(arguments: list[str]) -> dict[str, Any]:
             raise UsageError(f"unexpected argument '{flag}'", "options start with --")
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
-        if equals:
-            values[name] = value
-        elif waiting and not waiting[0].startswith("--"):
-            following = []
-            while waiting and not waiting[0].startswith("--"):
-                following.append(waiting.pop(0))
-            values[name] = following[0] if len(following) == 1 else following
-        elif name.startswith("no_"):
-            values[name.removeprefix("no_")] = False
-        else:
-            values[name] = True
+        given: list[Any] = [value] if equals else []
+        while not equals and waiting and not waiting[0].startswith("--"):
+            given.append(waiting.pop(0))
+        if not given:
+            given, name = [not name.startswith("no_")], name.removeprefix("no_")
+        before = values.get(name, [])
+        values[name] = given[0] if name not in values and len(given) == 1 else [*_listed(before), *given]
     return values
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _config(
@@ -198,16 +199,17 @@ def _config(
 
 
 def _parsed(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags whose option is a map are given as JSON."""
+    """Flags whose option is a map are given as in a recipe, or as JSON, which is the same."""
     from sgpo_cli.errors import UsageError
+    from sgpo_cli.yaml12 import parse
 
     own = own_options(STAGES[stage])
     for name in [name for name in flags if name in own and get_origin(own[name].type) is dict]:
         try:
-            flags[name] = json.loads(flags[name])
+            flags[name] = parse(flags[name])
         except ValueError as error:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag}: not valid JSON ({error})", f"""for example {flag} '{{"a": 1}}'""") from None
+            raise UsageError(f"{flag}: {error}", f"for example {flag} '{{a: 1}}'") from None
     return flags
 
 
@@ -244,7 +246,7 @@ def run(
         _configure_logging(verbose)
         book = read(recipe, run_dir=run_dir, seed=seed)
         if dry_run:
-            pipeline.print_plan(book)
+            pipeline.print_plan(book, from_step=from_step, fresh=fresh)
         else:
             pipeline.run(book, from_step=from_step, fresh=fresh, flags=["--verbose"] * verbose + ["--debug"] * debug)
 

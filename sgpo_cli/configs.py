@@ -8,7 +8,7 @@ trainers are not listed: they pass through (`trl_options.py`).
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 from sgpo_cli.options import (
@@ -100,7 +100,7 @@ class FilterPplConfig(DataConfig):
         "mad",
     )
     k: Annotated[float, Gt(0)] = option("For mad: how many robust deviations (1.4826 MAD) above the median.", 8.0)
-    quantile: Share = option("For quantile: the share of rows to keep.", 0.9)
+    quantile: Annotated[float, Gt(0), Le(1)] = option("For quantile: the share of rows to keep.", 0.9)
     max_ppl: Annotated[float, Gt(0)] = option("For max: the highest perplexity to keep.", 100.0)
     max_gap: float = option("For gap: the largest difference of log-perplexities to keep.", 2.0)
     batch_size: Count = option("Rows that are sorted by length and scored together.", 512)

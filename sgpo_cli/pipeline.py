@@ -104,8 +104,7 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         StoppedError: a check's verdict, found now or in an earlier run, is not healthy.
         SystemExit: a step failed; the code is the step's.
     """
-    if from_step is not None:
-        book.step(from_step)
+    redo = _from(book, from_step)
     steps = plan(book)
     for step in steps:  # a wrong path is found now, not when its turn comes hours later
         if step.state == NEEDS:
@@ -113,10 +112,8 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
                 f"{book.path}: steps.{step.spec.name}.{step.why}",
                 "run paths are relative to run_dir, others to where you are",
             )
-    names = [step.spec.name for step in steps]
-    redo = set(names[names.index(from_step) :]) if from_step else set()
     ran = False
-    for name in names:
+    for name in book.steps:
         # Planned anew: the step before may just have been made, and its manifest is part of the request.
         step = next(step for step in plan(book) if step.spec.name == name)
         again = fresh or name in redo
@@ -136,6 +133,12 @@ def run(book: recipe.Recipe, *, from_step: str | None, fresh: bool, flags: list[
         _stop_if_unhealthy(book, step.spec, ran=ran, said=True)
     if ran or not (book.run_dir / REPORT).exists():
         _write_report(book)
+
+
+def _from(book: recipe.Recipe, step: str | None) -> set[str]:
+    """The names of a step and all after it; none without a step."""
+    names = list(book.steps)
+    return set(names[names.index(book.step(step).name) :]) if step is not None else set()
 
 
 def _stop_if_unhealthy(book: recipe.Recipe, spec: recipe.StepSpec, *, ran: bool, said: bool = False) -> None:
@@ -206,14 +209,16 @@ def _run_step(book: recipe.Recipe, spec: recipe.StepSpec, flags: list[str]) -> N
         raise SystemExit(code if code > 0 else 128 - code)
 
 
-def print_plan(book: recipe.Recipe) -> None:
-    """Print the plan: step, stage, start model, data, state."""
+def print_plan(book: recipe.Recipe, *, from_step: str | None = None, fresh: bool = False) -> None:
+    """Print the plan: step, stage, start model, data, state; `run` with the same arguments would do it."""
+    redo = _from(book, from_step)
     table = Table("step", "stage", "start model", "data", "state", title=f"{book.path}", title_justify="left")
     for step in plan(book):
         config = step.config
         models = [source for _, source, kind in identity.sources(config) if kind == "model"]
         data = [source for _, source, kind in identity.sources(config) if kind == "data"]
-        state = _shown(step)
+        anew = step.spec.name in redo or (fresh and step.state in (CHANGED, DAMAGED))
+        state = "runs anew" if anew and step.state != MISSING else _shown(step)
         table.add_row(step.spec.name, step.spec.stage, ", ".join(models), ", ".join(data), state)
     _print(table)
 
@@ -237,7 +242,8 @@ def print_status(book: recipe.Recipe) -> None:
         text = "\n  ".join([f"stopped by {stopped['step']}: {stopped['verdict']}", *stopped["reasons"]])
         Console().print(text, markup=False, highlight=False)
     elif any(step.state != DONE for step in steps):
-        Console().print(f"to continue: {_command(book)}", markup=False, highlight=False)
+        fresh = " --fresh" if any(step.state in (CHANGED, DAMAGED) for step in steps) else ""
+        Console().print(f"to continue: {_command(book)}{fresh}", markup=False, highlight=False)
 
 
 def _shown(step: PlannedStep) -> str:

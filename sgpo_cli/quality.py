@@ -31,6 +31,7 @@ from sgpo_cli.measures import (
     script,
     sketch,
 )
+from sgpo_cli.schema import CANDIDATE
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def _read(path: Path, rows: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
             sample.append(row)
         if number >= MOST_KEYS:
             continue
-        for name in ("prompt", *(sides(row) or ())[1:]):
+        further = CANDIDATE.search(str(row.get("id"))) is not None  # of a prompt that has been counted
+        for name in (*(() if further else ("prompt",)), *(sides(row) or ())[1:]):
             key = sketch(plain(row.get(name)))
             copies[name] += key in known.setdefault(name, set())
             known[name].add(key)

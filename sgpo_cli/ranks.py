@@ -8,6 +8,8 @@ in eight shells (`RANK=3 WORLD_SIZE=8 sgpo gen-pairs ...`), on machines that sha
 import os
 from dataclasses import dataclass
 
+from sgpo_cli.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -28,12 +30,25 @@ class Rank:
 
 
 def this_rank() -> Rank:
-    """By RANK and WORLD_SIZE (torchrun, accelerate), or by what `srun` sets."""
+    """By RANK and WORLD_SIZE (torchrun, accelerate), or by what `srun` sets.
+
+    Raises:
+        UsageError: they are no numbers, or name a process that cannot be.
+    """
     if "WORLD_SIZE" in os.environ:
-        return Rank(int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"]))
+        return _rank("RANK", "WORLD_SIZE")
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        return Rank(int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_NTASKS", "1")))
+        return _rank("SLURM_PROCID", "SLURM_NTASKS")
     return Rank()
+
+
+def _rank(number: str, count: str) -> Rank:
+    given = os.environ.get(number, "0"), os.environ.get(count, "1")
+    if not (given[0].isdecimal() and given[1].isdecimal() and int(given[0]) < int(given[1])):
+        raise UsageError(
+            f"environment: {number} is {given[0]!r} and {count} {given[1]!r}", "of N processes, the ranks are 0 to N-1"
+        )
+    return Rank(int(given[0]), int(given[1]))
 
 
 class SharedWorkDone(Exception):

@@ -24,6 +24,7 @@ from sgpo_cli import rounds, trl_options
 from sgpo_cli.configs import STAGES
 from sgpo_cli.errors import UsageError
 from sgpo_cli.options import TRAINER_KEY, StageConfig, own_options
+from sgpo_cli.yaml12 import Loader
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
@@ -71,50 +72,6 @@ class Recipe:
         return self.steps[names[0]]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars; duplicate keys are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.depth = getattr(self, "depth", 0) + 1
-        if self.depth > 40:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-_SCALARS = {
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "merge": (r"<<", "<"),
-}
-_Loader.yaml_implicit_resolvers = {}  # not those of YAML 1.1, which the class inherits
-for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10)
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
-
-
 def read(path: str | Path, *, run_dir: str | Path | None = None, seed: int | None = None) -> Recipe:
     """Parse and check a recipe; no step is looked at on disk.
 
@@ -159,7 +116,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
         if len(text) > MAX_BYTES:
             raise UsageError(f"{path}: larger than 1 MiB; this is no recipe")
-        content = yaml.load(text.decode("utf-8"), Loader=_Loader)  # a SafeLoader
+        content = yaml.load(text.decode("utf-8"), Loader=Loader)  # a SafeLoader
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "name a recipe file") from None
     except UnicodeDecodeError as error:

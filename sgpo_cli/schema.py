@@ -18,6 +18,7 @@ NEEDS = ("prompt", "reference", "response", "target", "chosen", "rejected")
 REFERENCES = ("reference", "completion", "response")
 ANSWERS = {*REFERENCES, "target", "chosen", "rejected"}
 MAX_ID = 200
+CANDIDATE = re.compile(r"#(\d+)$")  # ends the id of each further candidate of a prompt (gen-pairs --num-candidates)
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 # Letters to Unicode, nothing to the eye: the Hangul fillers and the blank Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"

@@ -7,7 +7,6 @@ here: the installed version's dataclasses are the list.
 import ast
 import difflib
 import importlib.util
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any, Literal, Optional, Union
 from pydantic import TypeAdapter, ValidationError
 
 from sgpo_cli.errors import UsageError
+from sgpo_cli.yaml12 import parse
 
 _TRAINING = ("transformers", "training_args.py", "TrainingArguments")
 _BASE = ("trl", "trainer/base_config.py", "_BaseConfig")
@@ -130,9 +130,9 @@ def _convert(option: TrlOption, value: Any, where: str) -> Any:
     structured = "dict" in option.annotation or "list" in option.annotation
     if structured and isinstance(value, str) and value[:1] in ("[", "{"):
         try:
-            value = json.loads(value)
+            value = parse(value)
         except ValueError as error:
-            raise UsageError(f"{where}: option '{option.name}': not valid JSON ({error})") from None
+            raise UsageError(f"{where}: option '{option.name}': {error}") from None
     elif isinstance(value, str) and option.annotation.startswith("list["):
         value = [value]
     try:

@@ -60,6 +60,8 @@ def test_every_field_of_trls_configs_is_an_option() -> None:
         ("dpo --resume-from-checkpoint x", "unknown option 'resume_from_checkpoint'"),
         ("dpo --bf16 maybe", "option 'bf16': expected bool | None, got 'maybe'"),
         ("dpo --loss-type kto_pair", "unknown loss 'kto_pair'"),
+        ("dpo --learning-rate 1 --learning-rate 2", "option 'learning_rate': expected float, got ['1', '2']"),
+        ("filter-ppl --policy model --dataset d.jsonl --output-dir o --quantile 0", "option 'quantile'"),
         ("gen-pairs --temprature 1", "unknown option 'temprature' (did you mean 'temperature'?)"),
         ("gen-pairs stray", "unexpected argument 'stray'"),
         ("gen-pairs", "is missing"),
@@ -74,7 +76,7 @@ def test_every_field_of_trls_configs_is_an_option() -> None:
         ("gen-pairs --policy model --dataset ./no/d.jsonl --output-dir o", "./no/d.jsonl: no such file"),
         ("gen-pairs --policy ./nowhere --dataset d.jsonl --output-dir o", "./nowhere: no such file or directory"),
         ("gen-pairs --policy empty --dataset d.jsonl --output-dir o", "empty: not a model, it has no config.json"),
-        ("gen-pairs --policy model --dataset d.jsonl --output-dir o --chat-template-kwargs {a", "not valid JSON"),
+        ("gen-pairs --policy model --dataset d.jsonl --output-dir o --chat-template-kwargs {a", "not valid YAML"),
         ("make-targets --policy model --dataset d.jsonl --output-dir o --teacher gpt", "no teacher 'gpt'"),
         ("make-targets --policy model --dataset d.jsonl --output-dir o --teacher demo:2", "share of junk from 0 to 1"),
         (
@@ -133,6 +135,20 @@ def test_trl_flags_reach_trl_in_either_spelling() -> None:
         "bf16": False,
         "report_to": ["a", "b"],
     }
+
+
+def test_lists_on_the_command_line_are_flags_again_values_or_as_in_a_recipe() -> None:
+    from sgpo_cli.cli import trailing_options
+
+    for given in (
+        ["--loss-type", "sigmoid", "--loss-type", "sft"],
+        ["--loss-type", "sigmoid", "sft"],
+        ["--loss-type=sigmoid", "--loss-type=sft"],
+        ["--loss-type", "[sigmoid, sft]"],
+        ["--loss-type", '["sigmoid", "sft"]'],
+    ):
+        values = trl_options.check("dpo", trailing_options(given), "test")
+        assert values == {"loss_type": ["sigmoid", "sft"]}
 
 
 def test_version(sgpo: Sgpo) -> None:

@@ -132,6 +132,18 @@ def test_fresh_touches_nothing_before_the_new_request_is_good(world: Path, sgpo:
     assert "up to date" in sgpo(*TARGETS).stdout
 
 
+def test_the_plan_is_that_of_the_flags(echo_recipe: Path, sgpo: Sgpo) -> None:
+    assert sgpo("run", echo_recipe).returncode == 0
+    plain, again = (sgpo("run", echo_recipe, "--dry-run", *more).stdout for more in ((), ("--from", "pairs")))
+    assert plain.count("up to date") == 2
+    assert (again.count("up to date"), again.count("runs anew")) == (1, 1)
+    assert sgpo("run", echo_recipe, "--dry-run", "--from", "pears").returncode == 2
+    echo_recipe.write_text(echo_recipe.read_text().replace("prompts.jsonl,", "prompts.jsonl, max_rows: 9,"))
+    assert "runs anew" in sgpo("run", echo_recipe, "--dry-run", "--fresh").stdout
+    assert "to continue: sgpo run" in (shown := sgpo("status", echo_recipe).stdout)
+    assert shown.rstrip().endswith("--fresh")
+
+
 def test_fresh_moves_only_what_a_step_has_written(world: Path, sgpo: Sgpo) -> None:
     (world / "out").mkdir()
     (world / "out" / "thesis.txt").write_text("years of work")

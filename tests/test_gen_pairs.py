@@ -52,6 +52,19 @@ def answers(pairs: Pairs, **options: Any) -> list[str]:
     return [said(row, "rejected") for row in pairs("plain", **options)[1]]
 
 
+def test_an_id_that_another_candidate_could_get_is_refused(pairs: Pairs, world: Path) -> None:
+    write_lines(world / "prompts.jsonl", [{"id": name, "prompt": f"What of {name}?"} for name in ("a", "a#2")])
+    assert len(pairs("one")[1]) == 2
+    with pytest.raises(UsageError, match=r"'a#2' looks like that of another prompt's candidate"):
+        pairs("two", num_candidates=2)
+    assert not (world / "two").exists()
+
+
+def test_a_prompt_with_several_candidates_is_no_near_copy_of_itself(pairs: Pairs) -> None:
+    manifest, _, _ = pairs(num_candidates=3)
+    assert manifest["quality"]["near_duplicates"]["prompt"] == 0
+
+
 def test_several_candidates_are_several_pairs_with_ids_and_texts_of_their_own(pairs: Pairs) -> None:
     one, many = pairs("one"), pairs("many", num_candidates=3)
     manifest, rows, rejects = many

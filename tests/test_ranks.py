@@ -90,6 +90,15 @@ def test_torchrun_launches_them(world: Path, sgpo: Sgpo) -> None:
     assert rows(world / "several") == rows(world / "one")
 
 
+@pytest.mark.parametrize(("rank", "count"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "two")])
+def test_ranks_that_cannot_be_are_refused_at_once(world: Path, sgpo: Sgpo, rank: str, count: str) -> None:
+    options = "gen-pairs --policy model --dataset prompts.jsonl --engine echo --output-dir out".split()
+    result = sgpo(*options, RANK=rank, WORLD_SIZE=count)
+    assert result.returncode == 2
+    assert f"RANK is '{rank}' and WORLD_SIZE '{count}'" in result.stderr
+    assert not (world / "out").exists()
+
+
 def test_fresh_is_for_one_process(world: Path) -> None:
     processes = ranks(world, 2, *PAIRS, "--output-dir", "out", "--fresh")
     assert ended(processes) == [2, 2]

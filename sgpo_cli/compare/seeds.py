@@ -16,7 +16,7 @@ from typing import IO
 import typer
 
 from sgpo_cli import children, recipe
-from sgpo_cli.errors import UsageError
+from sgpo_cli.errors import StoppedError, UsageError
 
 logger = logging.getLogger(__name__)
 MOST_SEEDS = 10_000
@@ -153,9 +153,13 @@ def run(runs: Sequence[SeedRun], jobs: int) -> None:
     failed = {each.seed: codes[each.seed] for each in runs if codes[each.seed]}
     if failed:
         names = ", ".join(f"{seed} (exit code {code})" for seed, code in failed.items())
-        good = "".join(f"{each.seed}," for each in runs if not codes[each.seed])
-        without = f", or leave them out: --seeds {good}" if good else ""
-        logger.error("failed seeds: %s; run the same command again to continue%s", names, without)
+        good = [str(each.seed) for each in runs if not codes[each.seed]]
+        left = f"--seeds {','.join(good)}{',' if len(good) == 1 else ''}"  # one number alone says how many seeds
+        stopped = all(code == StoppedError.exit_code for code in failed.values())
+        remedies = ["the guard's verdict stands until the recipe or its data change" if stopped
+                    else "run the same command again to continue"]  # fmt: skip
+        remedies += [f"leave them out: {left}"] if good else []
+        logger.error("failed seeds: %s; %s", names, ", or ".join(remedies))
         raise SystemExit(next(iter(failed.values())))
 
 

@@ -16,9 +16,11 @@ from sgpo_cli.candidates import Candidates
 from sgpo_cli.configs import GenPairsConfig
 from sgpo_cli.dataset import forbidden_tokens, read_dataset, set_aside
 from sgpo_cli.engines import Generation
+from sgpo_cli.errors import UsageError
 from sgpo_cli.generation import Lazy, Passes
 from sgpo_cli.judges import Scores, open_scorer
 from sgpo_cli.pairing import PAIRINGS, best_and_worst, pair_problem
+from sgpo_cli.schema import CANDIDATE
 from sgpo_cli.step import Outcome, Step
 
 
@@ -26,6 +28,8 @@ def run(config: GenPairsConfig, step: Step) -> None:
     pairing = PAIRINGS[config.pairing]
     request = prompts.improver_request(config.improver or config.policy, config.improver_prompt)
     prompted = read_dataset(config, ("prompt", *pairing.columns), config.policy)
+    if config.num_candidates > 1:
+        refuse_candidate_ids(prompted, config.num_candidates)
     rows = Lazy(len(prompted) * config.num_candidates, lambda place: candidate(prompted, place, config.num_candidates))
     forbidden = forbidden_tokens(config, config.policy)
     scorer = open_scorer(config.scorer, config, step, prompted) if config.scorer else None
@@ -49,6 +53,18 @@ def candidate(prompted: Sequence[Row], place: int, count: int) -> Row:
     """The row of one of `count` candidates per prompt: the first keeps the prompt's id, others are ID#2, ID#3 ..."""
     row, number = prompted[place // count], place % count + 1
     return row if number == 1 else {**row, "id": f"{row['id']}#{number}"}
+
+
+def refuse_candidate_ids(prompted: Sequence[Row], count: int) -> None:
+    """Raises UsageError where an id is the one that another prompt's candidate could get."""
+    for row in prompted:
+        found = CANDIDATE.search(str(row["id"]))
+        if found and 2 <= int(found[1]) <= count:
+            raise UsageError(
+                f"the id {row['id']!r} looks like that of another prompt's candidate: with --num-candidates {count} "
+                "they end with #2, #3 ...",
+                "give other ids, or none (--id-column names another column)",
+            )
 
 
 def _every_pair(
