@@ -6,9 +6,9 @@ Each seed's base is a run of `recipes/demo.yaml` (world, m0, targets, filtered, 
 not there: runs of `demo_seeds.py` are taken as they are, and only what is hostile is made anew, beside them in
 `guard-<seed>`. Healthy: the base's first round, and a second one on other prompts from M1 with an improver trained
 anew on M1's answers; with `--ablations runs/ablations` also the rounds of `sgpo compare recipes/ablations.yaml` for
-the same seeds. Hostile: learning rate x 10; temperature 1.5; an improver with noise on its weights; one taught
-by a teacher that sends junk alone; one without replay; pairs of which 49 in 50 are the same text twice; chosen
-and rejected exchanged. Every round is trained to its end, whatever the guard says, so that it shows what a stop
+those of the seeds that it has. Hostile: learning rate x 10; temperature 1.5; an improver with noise on its weights;
+one taught by a teacher that sends junk alone; one without replay; pairs of which 49 in 50 are the same text twice;
+chosen and rejected exchanged. Every round is trained to its end, whatever the guard says, so that it shows what a stop
 prevented: `after` against `start` is what the policy would have become, `result` what the guard's best scores. Of
 pairs that are nearly all the same text twice there is nothing to learn: that stop comes without a fall.
 Writes `benchmarks/guard.json`. What is finished is not made again.
@@ -159,6 +159,8 @@ def healthy(bench: Bench) -> list[Callable[[], Row]]:
 
 def ablated(seed: int, runs: Path) -> list[Callable[[], Row]]:
     """The rounds of a finished comparison; only checks and scores are made anew."""
+    if not (runs / f"seed-{seed}/ablation-scores/manifest.json").exists():
+        return []
     bench = Bench(seed, runs, RECIPES / "ablations.yaml")
 
     def look(name: str) -> Row:
