@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from sgpo_cli import launch
@@ -23,7 +25,7 @@ def arguments(config: TrainConfig, output_dir: Path) -> tuple[Arguments, ModelCo
     """TRL's two configs from the step's options.
 
     Raises:
-        UsageError: TRL refuses a value or a combination of values.
+        UsageError: TRL refuses a value or a combination of values, or a tracker cannot be used.
     """
     model_names = {field.name for field in dataclasses.fields(ModelConfig)}
     model_options = {name: value for name, value in config.trainer.items() if name in model_names}
@@ -39,10 +41,26 @@ def arguments(config: TrainConfig, output_dir: Path) -> tuple[Arguments, ModelCo
     if config.global_batch_size is not None:
         fixed["gradient_accumulation_steps"] = _accumulation(config, options)
     with refusals("TRL"):
-        return (
-            CONFIGS[config.TRAINER](**(_defaults(config.TRAINER, options) | options | fixed)),
-            ModelConfig(model_name_or_path=config.model_name_or_path, **model_options),
+        args = CONFIGS[config.TRAINER](**(_defaults(config.TRAINER, options) | options | fixed))
+        model_args = ModelConfig(model_name_or_path=config.model_name_or_path, **model_options)
+    for tracker in args.report_to or ():
+        _check_tracker(tracker)
+    return args, model_args
+
+
+def _check_tracker(name: str) -> None:
+    """A tracker is made here once for nothing: it says itself what is not installed."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise UsageError(
+            f"--report-to {name}: unknown, or not to be named together with others",
+            f"one of none, all, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
         )
+    try:
+        INTEGRATION_TO_CALLBACK[name]()
+    except (RuntimeError, ImportError) as error:
+        found = re.search(r"pip install [^`]+", str(error))
+        otherwise = "pip install tensorboard" if name == "tensorboard" else "leave it out"
+        raise UsageError(f"--report-to {name}: {error}", found.group() if found else otherwise) from error
 
 
 def _defaults(trainer: str, options: dict[str, Any]) -> dict[str, Any]:

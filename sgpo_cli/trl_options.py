@@ -7,7 +7,8 @@ here: the installed version's dataclasses are the list.
 import ast
 import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,18 @@ SOURCES = {
     "dpo": (_TRAINING, _BASE, ("trl", "trainer/dpo_config.py", "DPOConfig"), _MODEL),
 }
 OURS = ("output_dir", "seed", "model_name_or_path", "resume_from_checkpoint")  # a step resumes by itself
+_POSITIVE = ("a number above 0", lambda value: 0 < value < math.inf)
+_COUNT = ("at least 1", lambda value: value >= 1)
+_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {  # TRL takes any number, and trains nothing or fails late
+    "learning_rate": _POSITIVE,
+    "beta": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": ("at least 1, or -1 for no limit", lambda value: value >= 1 or value == -1),
+    "per_device_train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "precompute_ref_batch_size": _COUNT,
+    "max_length": _COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def check(trainer: str, values: Mapping[str, Any], where: str, ours: Iterable[st
         ours: names that are known elsewhere, for suggestions.
 
     Raises:
-        UsageError: an unknown name (with a suggestion) or a value of the wrong type.
+        UsageError: an unknown name (with a suggestion), a value of the wrong type, or a number out of its range.
     """
     known = options(trainer)
     checked = {}
@@ -89,8 +102,17 @@ def check(trainer: str, values: Mapping[str, Any], where: str, ours: Iterable[st
         if name not in known:
             raise UsageError(f"{where}: unknown option '{name}'{did_you_mean(name, {*known, *ours})}")
         checked[name] = _convert(known[name], value, where)
+        _check_limit(name, checked[name], where)
     _check_loss(trainer, checked.get("loss_type", ()), where)
     return checked
+
+
+def _check_limit(name: str, value: Any, where: str) -> None:
+    if name not in _LIMITS or value is None:
+        return
+    expected, allowed = _LIMITS[name]
+    if not allowed(value):
+        raise UsageError(f"{where}: option '{name}': expected {expected}, got {value}")
 
 
 def _check_loss(trainer: str, given: str | Sequence[str], where: str) -> None:

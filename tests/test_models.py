@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from conftest import SMALL, chat, read_lines, run_stage, sentence, weights, write_lines
 
 from sgpo_cli.errors import DivergedError, IncompleteError, SgpoError, UsageError
+from sgpo_cli.recipe import build_config
 
 pytestmark = pytest.mark.model
 
@@ -280,6 +282,43 @@ class TestTraining:
             run_stage("dpo", tmp_path / "m1", model_name_or_path=str(base), dataset=str(pairs), **(SMALL | options))
         assert refused.value.exit_code == 2
         assert not (tmp_path / "m1").exists()
+
+    @pytest.mark.parametrize("name", ["learning_rate", "beta", "num_train_epochs"])
+    @pytest.mark.parametrize("value", [0, -1, "nan", "inf"])
+    def test_a_number_that_trains_nothing_is_refused_with_the_recipe(self, name: str, value: object) -> None:
+        with pytest.raises(UsageError, match=f"^test: option '{name}': expected a number above 0, got "):
+            build_config("dpo", {name: value}, "test")
+
+    @pytest.mark.parametrize("value", [0, -2])
+    @pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"])
+    def test_a_count_that_trains_nothing_is_refused_with_the_recipe(self, name: str, value: int) -> None:
+        with pytest.raises(UsageError, match=f"^test: option '{name}': expected at least 1.*, got {value}"):
+            build_config("sft", {name: value}, "test")
+
+    @pytest.mark.parametrize(
+        ("given", "message", "hint"),
+        [
+            ("nosuch", "--report-to nosuch: unknown", "one of none, all, .*tensorboard"),
+            (["none", "wandb"], "--report-to none: unknown", "one of none, all"),
+            ("tensorboard", "--report-to tensorboard: .*requires tensorboard", "^pip install tensorboard"),
+            ("wandb", "--report-to wandb: .*requires wandb", "^pip install wandb"),
+        ],
+    )
+    def test_a_tracker_that_cannot_be_used_is_refused_before_anything_is_loaded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | list[str], message: str, hint: str
+    ) -> None:
+        from transformers.integrations import integration_utils
+
+        from sgpo_cli.trainer_options import arguments
+
+        monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+        monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+        options = {"model_name_or_path": "none", "dataset": "none", "output_dir": "m1", "bf16": False}
+        for allowed in ("none", "all", ["none"]):
+            arguments(build_config("dpo", options | {"report_to": allowed}, "test"), tmp_path)
+        with pytest.raises(UsageError, match=message) as refused:
+            arguments(build_config("dpo", options | {"report_to": given}, "test"), tmp_path)
+        assert re.search(hint, refused.value.hint)
 
 
 class TestCheckpoints:
