@@ -1,5 +1,6 @@
 """What a training step would do and need: rows, memory per GPU for each method, time. Nothing is loaded or written."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def plan(config: TrainConfig, rows: Sequence[dict[str, Any]], rejected: Mapping[
         f"{args.gradient_accumulation_steps} accumulated x {world} processes"
     )
     yield from _memory(job, shape, load)
-    yield from _time(job, shape, load, epoch)
+    steps = math.ceil((lengths.rows - lengths.dropped) / step)
+    yield from _time(job, shape, load, epoch, steps)
 
 
 def _load(job: training.Job, longest: int) -> Load:
@@ -98,16 +100,20 @@ def _fits(alone: float, sharded: float | None) -> str:
     return f"fits on {SHARDS} x {each} GB" if each else "fits nowhere so"
 
 
-def _time(job: training.Job, shape: Shape, load: Load, epoch: int) -> Iterator[str]:
+def _time(job: training.Job, shape: Shape, load: Load, epoch: int, steps: int) -> Iterator[str]:
+    """Of an epoch of so many tokens and optimizer steps."""
     args = job.args
+    epochs, length = args.num_train_epochs, f"{args.num_train_epochs:g} epochs"
+    if args.max_steps > 0:
+        epochs, length = args.max_steps / steps, f"{args.max_steps} steps"
     once = isinstance(args, DPOConfig) and bool(args.precompute_ref_log_probs)
     with_reference = Load(**{**vars(load), "reference": isinstance(args, DPOConfig)})
-    flops = memory.training_flops(shape, job.method.name, with_reference, epoch, args.num_train_epochs, once=once)
+    flops = memory.training_flops(shape, job.method.name, with_reference, epoch, epochs, once=once)
     name, peak = _device()
     world = launch.world_size()
     seconds = flops / (peak * USE * world)
     yield (
-        f"time: {args.num_train_epochs:g} epochs are {flops:.2g} operations, about {_span(seconds)} on {world} x "
+        f"time: {length} are {flops:.2g} operations, about {_span(seconds)} on {world} x "
         f"{name} at an assumed {USE:.0%} of {peak / 1e12:.3g} TFLOP/s"
     )
 

@@ -117,6 +117,29 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(base: Path, tmp_path: Path,
     assert sgpo(*command, "--max-length", 4).returncode == 2
 
 
+def test_the_time_of_a_plan_is_that_of_max_steps(base: Path, tmp_path: Path) -> None:
+    from sgpo_cli.recipe import build_config
+    from sgpo_cli.training_plan import plan
+
+    rows = [{"prompt": chat(n), "chosen": [], "rejected": []} for n in range(6)]
+    for n, row in enumerate(rows):
+        row["chosen"] = [{"role": "assistant", "content": sentence(n + 1)}]
+        row["rejected"] = [{"role": "assistant", "content": sentence(n + 3)}]
+
+    def time(**options: object) -> str:
+        given = {"model_name_or_path": str(base), "dataset": "pairs", "output_dir": str(tmp_path / "m1")}
+        config = build_config("dpo", given | {"per_device_train_batch_size": 4} | options, "test")
+        return list(plan(config, rows, {}))[-1].partition(", about")[0]  # type: ignore[arg-type]
+
+    # An epoch has two steps, of 4 and of 2 rows; the reference is computed with the rows.
+    options = {"precompute_ref_log_probs": False}
+    epochs, steps = time(num_train_epochs=3, **options), time(max_steps=6, **options)
+    assert epochs.startswith("time: 3 epochs are ")
+    assert steps == epochs.replace("3 epochs", "6 steps")
+    assert time(max_steps=1, **options) == time(num_train_epochs=0.5, **options).replace("0.5 epochs", "1 steps")
+    assert time(max_steps=1) != time(max_steps=1, **options)  # by default it is computed once, for all rows
+
+
 def test_a_config_of_no_model_is_a_users_error(tmp_path: Path) -> None:
     from sgpo_cli.memory import Shape
 
