@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sgpo_cli.artifacts import read_manifest
-from sgpo_cli.errors import StoppedError
+from sgpo_cli.errors import StoppedError, UsageError
 from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 
 Health = Literal["healthy", "spent", "broken"]
 Rule = tuple[Health, bool, str]
 Measures = Mapping[str, Any]
 
+EXCHANGED = 0.9  # of the pairs that are better or worse: more of them worse is no improver's doing
+FEW = 3  # answers that may go wrong by chance, however few there are
 WORST: tuple[Health, ...] = ("broken", "spent", "healthy")
 REMEDIES = {
     "spent": "train the improver anew on targets for the newest policy's answers, those that need no change included, "
@@ -52,19 +54,21 @@ def of_pairs(found: Measures, limits: CheckPairsConfig) -> Verdict:
 
 def _contest_rules(found: Measures, limits: CheckPairsConfig) -> Iterator[Rule]:
     wins, losses, who = found["wins"], found["losses"], found["by"]
-    compared = max(wins + found["ties"] + losses, 1)
+    compared = wins + found["ties"] + losses
     decided = max(wins + losses, 1)
     said = f"by the {who}, the chosen text is better in {wins} and worse in {losses} of {compared} pairs"
     harm = losses > 0 and wins <= losses
-    yield "broken", harm, said
+    exchanged = "; are chosen and rejected exchanged?" if losses > EXCHANGED * decided else ""
+    yield "broken", harm, said + exchanged
     yield "spent", not harm and wins < limits.min_win_share * decided, f"{said}: under {limits.min_win_share:.0%}"
-    better = wins / compared * found["pairs"] / max(found["prompts"], 1)
+    better = wins / max(compared, 1) * found["pairs"] / max(found["prompts"], 1)
     yield (
         "spent",
         better < limits.min_better_share,
         f"{better:.1%} of {found['prompts']} answers were improved, {found['identical']} came back unchanged",
     )
-    yield "spent", found["pairs"] < limits.min_pairs, f"{found['pairs']} pairs, at least {limits.min_pairs} are needed"
+    few = f"{found['pairs']} pairs, at least {limits.min_pairs} are needed: give more prompts, or --min-pairs"
+    yield "spent", found["pairs"] < limits.min_pairs, few
 
 
 def _text_rules(found: Measures, limits: CheckPairsConfig) -> Iterator[Rule]:
@@ -125,14 +129,22 @@ def _lost(found: Measures, limits: CheckPolicyConfig) -> bool:
 
 
 def _answer_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:
+    prompts = found["prompts"]
     for name, shares in found["bad"].items():
-        rise = shares["model"] - shares["previous"]
-        what = f"{shares['model']:.1%} of the {name.replace('_', ' ')} answers are empty, cut, repetitive or the like"
+        now, before = (round(shares[who] * prompts) for who in ("model", "previous"))
+        what = f"{now} of {prompts} {name.replace('_', ' ')} answers are empty, cut, repetitive or the like"
         health: Health = "spent" if name.startswith("improver") else "broken"
-        yield health, rise > limits.max_bad_rise, f"{what}, {shares['previous']:.1%} before"
+        rose = shares["model"] - shares["previous"] > limits.max_bad_rise and now - before >= FEW
+        yield health, rose, f"{what}, {before} before"
     ratio = found["length_ratio"]
     runaway = not 1 / limits.max_length_ratio <= ratio <= limits.max_length_ratio
     yield "broken", runaway, f"the new answers are typically {ratio:.1f} times as long as the previous ones"
+
+
+def refuse_silence(scored: int, asked: int, what: str) -> None:
+    """Raises UsageError when a judge has scored less than half of what it was asked: that is no verdict."""
+    if 2 * scored < asked:
+        raise UsageError(f"the judge scored {scored} of {asked} {what}: too few for a verdict", "look at the judge")
 
 
 def refuse(directory: Path) -> None:

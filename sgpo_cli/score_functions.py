@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,12 @@ def users_function(spec: str) -> ScoreFunction:
         prompt = row["prompt"][0]["content"] if len(row["prompt"]) == 1 else row["prompt"]
         try:
             value = function(prompt, row["response"])
-        except Exception as error:  # whatever the user's code raises; --debug shows where
-            raise UsageError(f"judge {spec}: row {row['id']}: {type(error).__name__}: {error}") from error
+        except Exception as error:  # whatever the user's code raises
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            raise UsageError(
+                f"judge {spec}: row {row['id']}: {type(error).__name__}: {error} ({where})", "--debug shows all of it"
+            ) from error
         return _number(value, f"judge {spec}: row {row['id']}")
 
     return lambda batch: [score(row) for row in batch]
@@ -84,7 +89,7 @@ def _number(value: Any, where: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UsageError(f"{where}: gave {value!r}", "a judge gives a finite number, or None where it cannot tell")

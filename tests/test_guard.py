@@ -8,6 +8,7 @@ import pytest
 from conftest import Sgpo, chat, read_lines, run_stage, sentence, write_lines
 
 from sgpo_cli import guard
+from sgpo_cli.errors import UsageError
 from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 from sgpo_cli.stages.check_policy import compared
 
@@ -52,7 +53,7 @@ def test_wins_and_losses_that_were_seen_before_a_policy_rose_stood_or_fell(
 @pytest.mark.parametrize(
     ("changed", "health", "said"),
     [
-        ({"pairs": 20}, "spent", "20 pairs, at least 30"),
+        ({"pairs": 20}, "spent", "20 pairs, at least 30 are needed: give more prompts"),
         ({"pairs": 60, "identical": 1440}, "spent", "3.5% of 1500 answers were improved, 1440 came back unchanged"),
         ({"unusable": 700}, "broken", "46.7% of the pairs were cut"),
         ({"log_prob_gap": -0.53}, "broken", "implausible, by 0.53 nats"),  # an improver with noise on its weights
@@ -66,11 +67,26 @@ def test_what_the_texts_alone_show(changed: dict[str, Any], health: str, said: s
     assert any(said in reason for reason in verdict.reasons)
 
 
+def test_pairs_that_are_nearly_all_worse_are_asked_whether_they_are_exchanged() -> None:
+    assert any("exchanged?" in reason for reason in of_pairs(0.02, 0.02, 0.96).reasons)
+    assert not any("exchanged?" in reason for reason in of_pairs(0.2, 0.2, 0.6).reasons)
+
+
+def test_a_few_bad_answers_are_chance() -> None:
+    def answers(bad: int, prompts: int) -> str:
+        found: Any = {"policy_greedy": {"previous": 0.0, "model": bad / prompts}}
+        calm: Any = CALM | {"wins": 10, "ties": 0, "losses": 0, "surprise": 0.0}
+        improved = {"improved": {"wins": 1, "ties": 9, "losses": 0}}
+        return guard.of_policy(calm | improved | {"bad": found, "prompts": prompts}, POLICY).health
+
+    assert (answers(2, 16), answers(3, 16), answers(30, 200)) == ("healthy", "broken", "broken")
+
+
 def test_ties_alone_teach_nothing() -> None:
     assert of_pairs(0, 1, 0).health == "spent"
 
 
-CALM = {"bad": {"policy_sampled": {"previous": 0.0, "model": 0.01}}, "length_ratio": 1.1}
+CALM = {"prompts": 200, "bad": {"policy_sampled": {"previous": 0.0, "model": 0.01}}, "length_ratio": 1.1}
 
 
 def judged(new: float, old: float, improved: float) -> guard.Verdict:
@@ -166,6 +182,52 @@ def test_a_run_that_was_stopped_goes_on_when_its_pairs_are_better(guarded: Path,
     result = sgpo("run", recipe)
     assert result.returncode == 0, result.stderr
     assert "stopped" not in json.loads((guarded / "runs/guarded/run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("judge", "code", "said"),
+    [
+        ("silent", 2, "the judge scored 0 of 50 pairs"),
+        ("huge", 2, "a judge gives a finite number"),
+        ("raises", 2, "KeyError: 'boom' (taste.py:3)"),
+        ("bad", 9, "are chosen and rejected exchanged?"),
+    ],
+)
+def test_a_judge_that_cannot_judge(guarded: Path, sgpo: Sgpo, judge: str, code: int, said: str) -> None:
+    more = "def raises(prompt, response): return {}['boom']\ndef silent(prompt, response): return None\n"
+    (guarded / "taste.py").write_text(TASTE + more + "def huge(prompt, response): return 10**400\n")
+    result = sgpo("run", recipe_with(guarded, judge))
+    assert result.returncode == code, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_with_a_judge_that_scored_next_to_nothing_there_is_no_verdict_on_a_policy() -> None:
+    known: Any = {name: [0.5] * 20 for name in ("policy_sampled", "policy_greedy", "improver_greedy")}
+    with pytest.raises(UsageError, match="scored 0 of 20 pairs of answers"):
+        compared({"model": {name: [None] * 20 for name in known}, "previous": known}, seed=1)
+
+
+def test_of_a_part_of_the_pairs_the_counts_are_taken_in_proportion(guarded: Path, sgpo: Sgpo) -> None:
+    made = "gen-pairs --policy model --dataset prompts.jsonl --engine echo --output-dir made".split()
+    assert sgpo(*made).returncode == 0
+    options = "check-pairs --dataset made --policy model --judge taste:good --max-rows 20 --min-pairs 5".split()
+    sgpo(*options, "--output-dir", "part")
+    measures = json.loads((guarded / "part/verdict.json").read_text())["measures"]
+    whole = json.loads((guarded / "made/manifest.json").read_text())
+    assert measures["pairs"] == 20
+    assert measures["prompts"] == round(20 / whole["rows_out"] * whole["rows_in"])
+
+
+def test_texts_that_are_the_same_are_no_pairs(guarded: Path, sgpo: Sgpo) -> None:
+    rows = read_lines(guarded / "pairs.jsonl")
+    write_lines(guarded / "pairs.jsonl", [row | {"chosen": row["rejected"] + " "} for row in rows[:45]] + rows[45:])
+    result = sgpo("run", recipe_with(guarded, "good"))
+    assert result.returncode == 9
+    assert "5 pairs, at least 30 are needed" in result.stderr
+    assert "better in 5" not in result.stderr  # of what is left, all is well
+    measures = json.loads((guarded / "runs/guarded/check/verdict.json").read_text())["measures"]
+    assert (measures["pairs"], measures["identical"]) == (5, 45)
 
 
 def test_a_judge_that_talks_is_refused(guarded: Path, sgpo: Sgpo) -> None:

@@ -38,11 +38,13 @@ def run(config: CheckPairsConfig, step: Step) -> None:
 
     with step:
         outcomes, stats = run_batches(step, sample, config.batch_size, work)
-        compared = [dict(found) for found, _ in outcomes]
+        compared = [dict(found) for row, (found, _) in zip(sample, outcomes, strict=True) if not _is_same(row)]
+        contest, same = _contest(compared), len(sample) - len(compared)
+        guard.refuse_silence(len(compared) - contest["invalid"], len(compared), "pairs")
         measures = {
             "by": "judge" if judge else "improver",
-            **_counts(config.datasets, len(rows)),
-            **_contest(compared),
+            **_counts(config.datasets, len(rows), same / len(sample)),
+            **contest,
             **_texts(sample),
         }
         verdict = guard.of_pairs(measures, config)
@@ -87,6 +89,11 @@ def _by_improver(policy: str, settings: dict[str, Any]) -> Compare:
     return compare
 
 
+def _is_same(row: Row) -> bool:
+    """Whether DPO would drop the pair; what white space does to log-probabilities is no preference."""
+    return plain(row["chosen"]).strip() == plain(row["rejected"]).strip()
+
+
 def _contest(compared: Sequence[Row]) -> dict[str, Any]:
     """Wins, ties and losses of the chosen texts, and by how much likelier the policy finds them, in nats a token."""
     counts = Counter(row["won"] for row in compared)
@@ -95,16 +102,28 @@ def _contest(compared: Sequence[Row]) -> dict[str, Any]:
     return found | ({"log_prob_gap": round(median(gaps), 4)} if gaps else {})
 
 
-def _counts(datasets: Sequence[str], pairs: int) -> dict[str, int]:
-    """Pairs and what they were made from, where that is known."""
-    prompts, dropped = 0, Counter[str]()
+def _counts(datasets: Sequence[str], rows: int, same: float) -> dict[str, int]:
+    """Pairs that DPO would use and what they were made from, where that is known.
+
+    Args:
+        rows: how many were read. Where that is a part of the sources, their counts are taken in proportion.
+        same: share of pairs whose texts are the same; DPO drops them.
+    """
+    prompts, made, dropped = 0, 0, Counter[str]()
     for source in datasets:
         directory = step_of(Path(source)) if Path(source).exists() else None
         manifest = (read_manifest(directory) or {}) if directory else {}
         prompts += manifest.get("rows_in", 0)
+        made += manifest.get("rows_out", 0)
         dropped.update(manifest.get("rejected", {}))
-    unusable = sum(dropped[reason] for reason in UNUSABLE)
-    return {"prompts": max(prompts, pairs), "pairs": pairs, "identical": dropped["identical"], "unusable": unusable}
+    read = min(rows / made, 1.0) if made else 1.0
+    identical = round(same * rows)
+    return {
+        "prompts": max(round(read * prompts), rows),
+        "pairs": rows - identical,
+        "identical": round(read * dropped["identical"]) + identical,
+        "unusable": round(read * sum(dropped[reason] for reason in UNUSABLE)),
+    }
 
 
 def _texts(sample: Sequence[Row]) -> dict[str, Any]:

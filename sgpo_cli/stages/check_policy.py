@@ -16,6 +16,7 @@ from sgpo_cli.artifacts import write_atomically
 from sgpo_cli.batches import Batches, Row
 from sgpo_cli.dataset import read_dataset
 from sgpo_cli.engines import Generation, LazyEngine, Sampling
+from sgpo_cli.errors import UsageError
 from sgpo_cli.gates import META_TALK, text_problem
 from sgpo_cli.generation import Lazy, Passes, seeds_for
 from sgpo_cli.guard_configs import CheckPolicyConfig
@@ -28,11 +29,14 @@ from sgpo_cli.step import Step
 
 Answers = dict[str, Sequence[Generation]]
 Scores = dict[str, dict[str, Sequence[float | None]]]
+MIN_PROMPTS = 16
 COLUMNS = ("policy_sampled", "policy_greedy", "improver_greedy")
 
 
 def run(config: CheckPolicyConfig, step: Step) -> None:
     rows = read_dataset(config, ("prompt",), config.model)
+    if len(rows) < MIN_PROMPTS:
+        raise UsageError(f"{len(rows)} prompts say too little of a model", f"give at least {MIN_PROMPTS}")
     settings: dict[str, Any] = {"dtype": config.dtype, "chat_template_kwargs": config.chat_template_kwargs}
     judge = open_function(config.judge, rows, settings) if config.judge else None
     with step, Passes(step, config.batch_size) as passes:
@@ -137,6 +141,9 @@ def compared(scores: Scores, seed: int) -> dict[str, Any]:
     """Mean scores, and paired differences with 95 % bootstrap intervals over prompts.
 
     `improver_over_policy` is that of the new model's improvements and the answers they improve.
+
+    Raises:
+        UsageError: the judge has scored too few of them to say.
     """
     new, old = scores["model"], scores["previous"]
     pairs = {column: (new[column], old[column]) for column in COLUMNS[:2]}
@@ -151,12 +158,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _difference(new: Sequence[float | None], old: Sequence[float | None], seed: int) -> list[float]:
-    """Mean, low and high of the differences where both are known; without any, nothing is certain."""
+    """Mean, low and high of the differences where both are known."""
     import numpy as np
 
     from sgpo_cli.winrates import mean_interval
 
     found = [one - other for one, other in zip(new, old, strict=True) if one is not None and other is not None]
-    if not found:
-        return [0.0, -1e9, 1e9]
+    guard.refuse_silence(len(found), len(new), "pairs of answers")
     return [round(float(value), 4) for value in (fmean(found), *mean_interval(np.array(found), seed))]
