@@ -9,14 +9,13 @@ benchmarks/guard.py tries the limits' defaults on hostile and healthy rounds.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sgpo_cli.artifacts import read_manifest
 from sgpo_cli.errors import StoppedError, UsageError
 from sgpo_cli.guard_configs import CheckPairsConfig, CheckPolicyConfig
 
 Health = Literal["healthy", "spent", "broken"]
-Rule = tuple[Health, bool, str]
 Measures = Mapping[str, Any]
 
 EXCHANGED = 0.9  # of the pairs that are better or worse: more of them worse is no improver's doing
@@ -28,28 +27,49 @@ REMEDIES = {
     "broken": "lower the learning rate or the sampling temperature, or train the improver anew from the last good "
     "model",
 }
+LOOK = "look at some pairs: chosen and rejected may be exchanged; if they are not, "
+MORE = "give more prompts, or --min-pairs"
+
+
+class Rule(NamedTuple):
+    """What speaks against health when it `is_so`; `remedy` where it is not that of its health."""
+
+    health: Health
+    is_so: bool
+    text: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard says, and a sentence for each rule that speaks against health."""
+    """What the guard says, a sentence for each rule that speaks against health, and what to do about the worst."""
 
     health: Health
     reasons: list[str]
+    remedy: str = ""
 
 
 def _verdict(rules: Iterable[Rule]) -> Verdict:
-    found = [(health, text) for health, is_so, text in rules if is_so]
-    health: Health = next((each for each in WORST if any(each == said for said, _ in found)), "healthy")
-    return Verdict(health, [text for _, text in sorted(found, key=lambda each: WORST.index(each[0]))])
+    found = sorted((rule for rule in rules if rule.is_so), key=lambda rule: WORST.index(rule.health))
+    if not found:
+        return Verdict("healthy", [])
+    worst = found[0].health
+    remedies = [rule.remedy or REMEDIES[worst] for rule in found if rule.health == worst]
+    first = [each for each in remedies if each.startswith(LOOK)]  # it ends with the usual one
+    return Verdict(worst, [rule.text for rule in found], "; or ".join(dict.fromkeys(first or remedies)))
 
 
 def of_pairs(found: Measures, limits: CheckPairsConfig) -> Verdict:
     """The verdict on pairs, from `wins`, `ties` and `losses` (counts of a sample; chosen against rejected),
-    `pairs`, `prompts` and `unusable` (counts of all), the texts' `repetitive` and `length_ratio`, and without a
-    judge `log_prob_gap` (nats per token under the policy, of chosen above rejected).
+    `pairs`, `prompts`, `identical` and `unusable` (counts of all), the size of the `sample`, its texts' `repetitive`
+    and `length_ratio`, and without a judge `log_prob_gap` (nats per token under the policy, of chosen above rejected).
     """
     return _verdict([*_contest_rules(found, limits), *_text_rules(found, limits)])
+
+
+def _share_of(share: float, count: int) -> str:
+    """`3 of 60 (5.0%)`: of a few, a percentage says too much."""
+    return f"{round(share * count)} of {count} ({share:.1%})"
 
 
 def _contest_rules(found: Measures, limits: CheckPairsConfig) -> Iterator[Rule]:
@@ -58,34 +78,36 @@ def _contest_rules(found: Measures, limits: CheckPairsConfig) -> Iterator[Rule]:
     decided = max(wins + losses, 1)
     said = f"by the {who}, the chosen text is better in {wins} and worse in {losses} of {compared} pairs"
     harm = losses > 0 and wins <= losses
-    exchanged = "; are chosen and rejected exchanged?" if losses > EXCHANGED * decided else ""
-    yield "broken", harm, said + exchanged
-    yield "spent", not harm and wins < limits.min_win_share * decided, f"{said}: under {limits.min_win_share:.0%}"
+    exchanged = LOOK + REMEDIES["broken"] if losses > EXCHANGED * decided else ""
+    yield Rule("broken", harm, said, exchanged)
+    rarely = not harm and wins < limits.min_win_share * decided
+    yield Rule("spent", rarely, f"{said}: under {limits.min_win_share:.0%}")
     better = wins / max(compared, 1) * found["pairs"] / max(found["prompts"], 1)
-    yield (
+    yield Rule(
         "spent",
         better < limits.min_better_share,
-        f"{better:.1%} of {found['prompts']} answers were improved, {found['identical']} came back unchanged",
+        f"{_share_of(better, found['prompts'])} answers were improved, {found['identical']} came back unchanged",
     )
-    few = f"{found['pairs']} pairs, at least {limits.min_pairs} are needed: give more prompts, or --min-pairs"
-    yield "spent", found["pairs"] < limits.min_pairs, few
+    few = f"{found['pairs']} pairs, at least {limits.min_pairs} are needed"
+    yield Rule("spent", found["pairs"] < limits.min_pairs, few, MORE)
 
 
 def _text_rules(found: Measures, limits: CheckPairsConfig) -> Iterator[Rule]:
     unusable = found["unusable"] / max(found["prompts"], 1)
-    yield (
+    yield Rule(
         "broken",
         unusable > limits.max_bad_share,
-        f"{unusable:.1%} of the pairs were cut, empty or the like",
+        f"{_share_of(unusable, found['prompts'])} pairs were cut, empty or the like",
     )
     gap = found.get("log_prob_gap", 0.0)  # a damaged improver may prefer its own texts; as policy it finds them odd
     text = f"to the policy the chosen texts are implausible, by {-gap:.2f} nats a token"
-    yield "broken", gap < limits.min_log_prob_gap, text
-    worse = found["repetitive"]["chosen"] - found["repetitive"]["rejected"]
-    yield "broken", worse > limits.max_bad_share, f"{worse:.1%} more of the chosen texts repeat themselves"
+    yield Rule("broken", gap < limits.min_log_prob_gap, text)
+    chosen, rejected = (_share_of(found["repetitive"][name], found["sample"]) for name in ("chosen", "rejected"))
+    worse = found["repetitive"]["chosen"] - found["repetitive"]["rejected"] > limits.max_bad_share
+    yield Rule("broken", worse, f"{chosen} chosen texts repeat themselves, {rejected} rejected ones")
     ratio = found["length_ratio"]
     runaway = not 1 / limits.max_length_ratio <= ratio <= limits.max_length_ratio
-    yield "broken", runaway, f"chosen is typically {ratio:.1f} times as long as rejected"
+    yield Rule("broken", runaway, f"chosen is typically {ratio:.1f} times as long as rejected")
 
 
 def of_policy(found: Measures, limits: CheckPolicyConfig) -> Verdict:
@@ -107,20 +129,22 @@ def _judged_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:
         interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         if name == "improver_over_policy":
             text = f"the new model's improvements are worse than its answers ({interval}): it would teach itself harm"
-            yield "spent", fell, text
+            yield Rule("spent", fell, text)
         else:
-            yield "broken", fell, f"the {name.replace('_', ' ')} answers fell below the last good model's ({interval})"
+            text = f"the {name.replace('_', ' ')} answers fell below the last good model's ({interval})"
+            yield Rule("broken", fell, text)
 
 
 def _unjudged_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:
     said = "the last good model prefers the {} in {} and the {} in {} cases"
-    wins, losses = found["wins"], found["losses"]
-    yield "broken", _lost(found, limits), said.format("new answer", wins, "previous one", losses)
-    wins, losses = found["improved"]["wins"], found["improved"]["losses"]
-    yield "spent", _lost(found["improved"], limits), said.format("improvement", wins, "new answer before it", losses)
+    text = said.format("new answer", found["wins"], "previous one", found["losses"])
+    yield Rule("broken", _lost(found, limits), text)
+    improved = found["improved"]
+    text = said.format("improvement", improved["wins"], "new answer before it", improved["losses"])
+    yield Rule("spent", _lost(improved, limits), text)
     surprise = found["surprise"]
     text = f"the new answers are implausible to the last good model, by {surprise:.2f} nats a token"
-    yield "broken", surprise > limits.max_surprise, text
+    yield Rule("broken", surprise > limits.max_surprise, text)
 
 
 def _lost(found: Measures, limits: CheckPolicyConfig) -> bool:
@@ -135,10 +159,10 @@ def _answer_rules(found: Measures, limits: CheckPolicyConfig) -> Iterator[Rule]:
         what = f"{now} of {prompts} {name.replace('_', ' ')} answers are empty, cut, repetitive or the like"
         health: Health = "spent" if name.startswith("improver") else "broken"
         rose = shares["model"] - shares["previous"] > limits.max_bad_rise and now - before >= FEW
-        yield health, rose, f"{what}, {before} before"
+        yield Rule(health, rose, f"{what}, {before} before")
     ratio = found["length_ratio"]
     runaway = not 1 / limits.max_length_ratio <= ratio <= limits.max_length_ratio
-    yield "broken", runaway, f"the new answers are typically {ratio:.1f} times as long as the previous ones"
+    yield Rule("broken", runaway, f"the new answers are typically {ratio:.1f} times as long as the previous ones")
 
 
 def refuse_silence(scored: int, asked: int, what: str) -> None:
@@ -158,4 +182,5 @@ def refuse(directory: Path) -> None:
     if verdict == "healthy":
         return
     lines = [f"{directory}: the guard says {verdict}; the result is {manifest['best']}", *manifest["reasons"]]
-    raise StoppedError("\n  ".join(lines), f"{REMEDIES[verdict]}; {manifest['best']} is untouched")
+    remedy = manifest.get("remedy", REMEDIES[verdict])  # checks made before had none of their own
+    raise StoppedError("\n  ".join(lines), f"{remedy}; {manifest['best']} is untouched")

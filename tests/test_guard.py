@@ -23,6 +23,7 @@ def of_pairs(wins: float, ties: float, losses: float, **changed: Any) -> guard.V
         "ties": round(400 * ties),
         "losses": round(400 * losses),
         "prompts": 1500,
+        "sample": 400,
         "pairs": 1400,
         "identical": 90,
         "unusable": 10,
@@ -53,12 +54,20 @@ def test_wins_and_losses_that_were_seen_before_a_policy_rose_stood_or_fell(
 @pytest.mark.parametrize(
     ("changed", "health", "said"),
     [
-        ({"pairs": 20}, "spent", "20 pairs, at least 30 are needed: give more prompts"),
-        ({"pairs": 60, "identical": 1440}, "spent", "3.5% of 1500 answers were improved, 1440 came back unchanged"),
-        ({"unusable": 700}, "broken", "46.7% of the pairs were cut"),
+        ({"pairs": 20}, "spent", "20 pairs, at least 30 are needed"),
+        (
+            {"pairs": 60, "identical": 1440},
+            "spent",
+            "53 of 1500 (3.5%) answers were improved, 1440 came back unchanged",
+        ),
+        ({"unusable": 700}, "broken", "700 of 1500 (46.7%) pairs were cut"),
         ({"log_prob_gap": -0.53}, "broken", "implausible, by 0.53 nats"),  # an improver with noise on its weights
         ({"length_ratio": 7.0}, "broken", "7.0 times as long"),
-        ({"repetitive": {"chosen": 0.6, "rejected": 0.1}}, "broken", "50.0% more of the chosen texts"),
+        (
+            {"repetitive": {"chosen": 0.6, "rejected": 0.1}},
+            "broken",
+            "240 of 400 (60.0%) chosen texts repeat themselves, 40 of 400",
+        ),
     ],
 )
 def test_what_the_texts_alone_show(changed: dict[str, Any], health: str, said: str) -> None:
@@ -67,9 +76,13 @@ def test_what_the_texts_alone_show(changed: dict[str, Any], health: str, said: s
     assert any(said in reason for reason in verdict.reasons)
 
 
-def test_pairs_that_are_nearly_all_worse_are_asked_whether_they_are_exchanged() -> None:
-    assert any("exchanged?" in reason for reason in of_pairs(0.02, 0.02, 0.96).reasons)
-    assert not any("exchanged?" in reason for reason in of_pairs(0.2, 0.2, 0.6).reasons)
+def test_what_is_to_be_done_is_about_the_worst_that_was_seen() -> None:
+    assert "may be exchanged; if they are not, lower the learning rate" in of_pairs(0.02, 0.02, 0.96).remedy
+    assert of_pairs(0.2, 0.2, 0.6).remedy == guard.REMEDIES["broken"]
+    assert of_pairs(0.89, 0.06, 0.06, pairs=20, prompts=25, identical=5, unusable=0).remedy == guard.MORE
+    assert of_pairs(0.31, 0.45, 0.24).remedy == guard.REMEDIES["spent"]
+    assert of_pairs(0.89, 0.06, 0.06, pairs=20, unusable=700).remedy == guard.REMEDIES["broken"]
+    assert of_pairs(0.89, 0.06, 0.06).remedy == ""
 
 
 def test_a_few_bad_answers_are_chance() -> None:
@@ -161,7 +174,7 @@ def test_a_run_stops_at_a_bad_verdict_every_time_and_says_what_stands(guarded: P
         assert result.returncode == 9, result.stderr
         assert "the guard says broken; the result is last" in result.stderr
         assert result.stderr.count("better in 0 and worse in 50 of 50 pairs") == 1
-        assert "hint: lower the learning rate" in result.stderr
+        assert "hint: look at some pairs: chosen and rejected may be exchanged" in result.stderr
     assert not (guarded / "runs/guarded/after").exists()
     assert (guarded / "runs/guarded/report.html").exists()
     record = json.loads((guarded / "runs/guarded/run.json").read_text())
@@ -189,12 +202,14 @@ def test_a_run_that_was_stopped_goes_on_when_its_pairs_are_better(guarded: Path,
     [
         ("silent", 2, "the judge scored 0 of 50 pairs"),
         ("huge", 2, "a judge gives a finite number"),
-        ("raises", 2, "KeyError: 'boom' (taste.py:3)"),
-        ("bad", 9, "are chosen and rejected exchanged?"),
+        ("raises", 2, "KeyError: 'boom' (taste.py:3)\nhint: --debug shows all of it"),
+        ("half", 2, "the judge scored 20 of 50 pairs"),
+        ("bad", 9, "chosen and rejected may be exchanged"),
     ],
 )
 def test_a_judge_that_cannot_judge(guarded: Path, sgpo: Sgpo, judge: str, code: int, said: str) -> None:
     more = "def raises(prompt, response): return {}['boom']\ndef silent(prompt, response): return None\n"
+    more += "def half(prompt, response): return len(response) if int(prompt[:-1]) < 20 else None\n"
     (guarded / "taste.py").write_text(TASTE + more + "def huge(prompt, response): return 10**400\n")
     result = sgpo("run", recipe_with(guarded, judge))
     assert result.returncode == code, result.stderr
@@ -206,6 +221,19 @@ def test_with_a_judge_that_scored_next_to_nothing_there_is_no_verdict_on_a_polic
     known: Any = {name: [0.5] * 20 for name in ("policy_sampled", "policy_greedy", "improver_greedy")}
     with pytest.raises(UsageError, match="scored 0 of 20 pairs of answers"):
         compared({"model": {name: [None] * 20 for name in known}, "previous": known}, seed=1)
+    some: Any = {name: [0.5] * 18 + [None] * 2 for name in known}
+    found = compared({"model": some, "previous": known}, seed=1)
+    assert found["invalid"] == 6
+    assert set(found["differences"]["policy_greedy"]) == {0.0}
+
+
+def test_a_policy_is_not_judged_by_a_handful_of_prompts(guarded: Path, sgpo: Sgpo) -> None:
+    flags = "--dataset pairs.jsonl --model model --previous last --max-rows 5 --output-dir out".split()
+    result = sgpo("check-policy", *flags)
+    assert result.returncode == 2
+    assert "5 prompts say too little of a model" in result.stderr
+    assert "give at least 16" in result.stderr
+    assert not (guarded / "out/manifest.json").exists()
 
 
 def test_of_a_part_of_the_pairs_the_counts_are_taken_in_proportion(guarded: Path, sgpo: Sgpo) -> None:
@@ -225,6 +253,7 @@ def test_texts_that_are_the_same_are_no_pairs(guarded: Path, sgpo: Sgpo) -> None
     result = sgpo("run", recipe_with(guarded, "good"))
     assert result.returncode == 9
     assert "5 pairs, at least 30 are needed" in result.stderr
+    assert "hint: give more prompts, or --min-pairs" in result.stderr
     assert "better in 5" not in result.stderr  # of what is left, all is well
     measures = json.loads((guarded / "runs/guarded/check/verdict.json").read_text())["measures"]
     assert (measures["pairs"], measures["identical"]) == (5, 45)

@@ -43,6 +43,7 @@ def run(config: CheckPairsConfig, step: Step) -> None:
         guard.refuse_silence(len(compared) - contest["invalid"], len(compared), "pairs")
         measures = {
             "by": "judge" if judge else "improver",
+            "sample": len(sample),
             **_counts(config.datasets, len(rows), same / len(sample)),
             **contest,
             **_texts(sample),
@@ -51,6 +52,7 @@ def run(config: CheckPairsConfig, step: Step) -> None:
         facts: dict[str, Any] = {
             "verdict": verdict.health,
             "reasons": verdict.reasons,
+            "remedy": verdict.remedy,
             "best": config.previous or config.policy,
             "measures": measures,
         }

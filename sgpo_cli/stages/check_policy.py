@@ -56,7 +56,8 @@ def run(config: CheckPolicyConfig, step: Step) -> None:
             measures |= compared(scores, config.seed)
         verdict = guard.of_policy(measures, config)
         best = config.previous if verdict.health == "broken" else config.model
-        facts = {"verdict": verdict.health, "reasons": verdict.reasons, "best": best, "measures": measures}
+        facts: dict[str, Any] = {"verdict": verdict.health, "reasons": verdict.reasons, "remedy": verdict.remedy}
+        facts |= {"best": best, "measures": measures}
         write_atomically(step.directory / "verdict.json", json.dumps(facts, indent=2) + "\n")
         step.finish(["verdict.json"], facts | passes.stats)
 
@@ -138,7 +139,7 @@ def _contest(won: Sequence[int]) -> dict[str, Any]:
 
 
 def compared(scores: Scores, seed: int) -> dict[str, Any]:
-    """Mean scores, and paired differences with 95 % bootstrap intervals over prompts.
+    """Mean scores, paired differences with 95 % bootstrap intervals over prompts, and how many scores are invalid.
 
     `improver_over_policy` is that of the new model's improvements and the answers they improve.
 
@@ -149,7 +150,9 @@ def compared(scores: Scores, seed: int) -> dict[str, Any]:
     pairs = {column: (new[column], old[column]) for column in COLUMNS[:2]}
     pairs["improver_over_policy"] = new["improver_greedy"], new["policy_sampled"]
     means = {who: {column: _mean(values) for column, values in columns.items()} for who, columns in scores.items()}
-    return {"scores": means, "differences": {name: _difference(*pair, seed) for name, pair in pairs.items()}}
+    invalid = sum(value is None for columns in scores.values() for values in columns.values() for value in values)
+    differences = {name: _difference(*pair, seed) for name, pair in pairs.items()}
+    return {"scores": means, "differences": differences, "invalid": invalid}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
