@@ -201,6 +201,8 @@ class Step:
         # Refused before any work: the corrected command must not meet a directory of another request.
         if isinstance(error, UsageError) and self._is_new and not self._files_besides_our_first():
             shutil.rmtree(self.directory)
+        if not self.rank.is_main and (self.directory / MANIFEST).exists():  # its log came after the main one's end
+            shutil.rmtree(self.directory / "parts", ignore_errors=True)
         self._lock.release()
 
     def _files_besides_our_first(self) -> list[str]:

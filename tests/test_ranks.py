@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import Sgpo, read_lines, write_lines
 
+from sgpo_cli import identity, recipe
+from sgpo_cli.ranks import Rank
+from sgpo_cli.step import Step
+
 PAIRS = ("gen-pairs", "--policy", "model", "--dataset", "prompts.jsonl", "--engine", "echo", "--batch-size", "2")
 
 
@@ -49,6 +53,22 @@ def test_they_give_what_one_gives(count: int, world: Path, sgpo: Sgpo) -> None:
     assert not (world / "several" / "parts").exists()
     again = ranks(world, count, *PAIRS, "--output-dir", "several")
     assert ended(again) == [0] * count
+
+
+def test_a_helper_that_comes_while_the_main_one_ends_leaves_no_log(
+    world: Path, sgpo: Sgpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    assert sgpo(*PAIRS, "--output-dir", "out").returncode == 0
+    values = dict(zip([flag[2:].replace("-", "_") for flag in PAIRS[1::2]], PAIRS[2::2], strict=True))
+    config = recipe.build_config("gen-pairs", {**values, "batch_size": 2, "output_dir": "out"}, "test")
+    helper = Step("out", identity.request_of("gen-pairs", config), rank=Rank(1, 2))
+    (world / "out/manifest.json").rename(world / "manifest.json")
+    with helper:
+        helper.journal().append(1, {"rows": [], "stats": {}})
+        (world / "manifest.json").rename(world / "out/manifest.json")
+    assert not (world / "out/parts").exists()
+    assert sgpo(*PAIRS, "--output-dir", "out").stdout == "out: up to date\n"
 
 
 def test_a_lost_rank_is_made_up_for_and_another_number_continues(world: Path, sgpo: Sgpo) -> None:
