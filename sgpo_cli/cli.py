@@ -199,7 +199,7 @@ def _config(
 
 
 def _parsed(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags whose option is a map are given as in a recipe, or as JSON, which is the same."""
+    """Flags whose option is a map are given as in a recipe, or as JSON."""
     from sgpo_cli.errors import UsageError
     from sgpo_cli.yaml12 import parse
 

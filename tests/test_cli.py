@@ -11,6 +11,7 @@ from conftest import ROOT, Sgpo
 from sgpo_cli import trl_options
 from sgpo_cli.configs import STAGES
 from sgpo_cli.options import own_options
+from sgpo_cli.yaml12 import parse
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "openai", "numpy", "pandas"}
 
@@ -135,6 +136,19 @@ def test_trl_flags_reach_trl_in_either_spelling() -> None:
         "bf16": False,
         "report_to": ["a", "b"],
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a":\t1}', {"a": 1}),
+        ('{"a": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
+        ("{enable_thinking: false}", {"enable_thinking": False}),
+        ("{a: no, b: 1e-5}", {"a": "no", "b": 1e-5}),
+    ],
+)
+def test_maps_on_the_command_line_are_json_or_as_in_a_recipe(text: str, value: object) -> None:
+    assert parse(text) == value
 
 
 def test_lists_on_the_command_line_are_flags_again_values_or_as_in_a_recipe() -> None:
