@@ -51,13 +51,13 @@ class CheckReference(TrainerCallback):
 
     Args:
         beta: of the loss; a reward is so many times a difference of log-probabilities.
-        half: log-probabilities are computed in 16 bits, or in TF32.
+        rounded: the reference is computed in batches of another size, and in 16 bits or TF32.
         other: the reference is another model on purpose; the first loss is then only remembered.
     """
 
-    def __init__(self, loss_type: Sequence[str], beta: float, *, half: bool = False, other: bool = False) -> None:
+    def __init__(self, loss_type: Sequence[str], beta: float, *, rounded: bool = False, other: bool = False) -> None:
         self._plain = list(loss_type) == ["sigmoid"]
-        self._tolerance = beta * ROUNDING["16 bits" if half else "float32"]
+        self._tolerance = beta * ROUNDING["16 bits" if rounded else "float32"]
         self._other = other
         self.first_loss: float | None = None
 

@@ -161,7 +161,8 @@ def build(
     reference = None
     if isinstance(args, DPOConfig):
         half = bool(args.bf16 or args.fp16 or args.tf32) or job.method.dtype != torch.float32
-        reference = checks.CheckReference(args.loss_type, args.beta, half=half, other=job.reference is not None)
+        rounded = half and args.precompute_ref_log_probs  # otherwise both come from the same batches
+        reference = checks.CheckReference(args.loss_type, args.beta, rounded=rounded, other=job.reference is not None)
     models = _models(job)
     trainer = _trainer_class(job)(
         **models,

@@ -153,10 +153,10 @@ class TestTraining:
             logs = {"loss": loss, "rewards/chosen": 0.0, "rewards/rejected": reward}
             check.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), logs)
 
-        for half in (False, True):
+        for rounded in (False, True):
             with pytest.raises(DivergedError, match=r"0\.7209"):
-                first(0.7209, 0.5, half=half)
-        first(0.6735, -0.04, half=True)  # what 16 bits do to log-probabilities that add up to some hundred nats
+                first(0.7209, 0.5, rounded=rounded)
+        first(0.6735, -0.04, rounded=True)  # what 16 bits do to log-probabilities that add up to some hundred nats
         with pytest.raises(DivergedError, match=r"0\.6735"):
             first(0.6735, -0.04)
 
