@@ -1,6 +1,7 @@
 """The learning curves of a training as one picture beside the model, for its card and the Hub."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def picture(name: str, history: Sequence[Mapping[str, Any]]) -> bytes:
         axes.grid(alpha=0.3)
         if place > len(panels) - COLUMNS:
             axes.set_xlabel("optimizer step", fontsize=8)
-        for (label, points), style in zip(panel.series, STYLES, strict=False):
+        for (label, points), style in zip(panel.series, itertools.cycle(STYLES), strict=False):
             axes.plot(*zip(*points, strict=True), style, label=label, marker="." if len(points) == 1 else "")
         if len(panel.series) > 1:
             axes.legend(fontsize=8)

@@ -154,13 +154,17 @@ def run(runs: Sequence[SeedRun], jobs: int) -> None:
     if failed:
         names = ", ".join(f"{seed} (exit code {code})" for seed, code in failed.items())
         good = [str(each.seed) for each in runs if not codes[each.seed]]
-        left = f"--seeds {','.join(good)}{',' if len(good) == 1 else ''}"  # one number alone says how many seeds
-        stopped = all(code == StoppedError.exit_code for code in failed.values())
-        remedies = ["the guard's verdict stands until the recipe or its data change" if stopped
-                    else "run the same command again to continue"]  # fmt: skip
-        remedies += [f"leave them out: {left}"] if good else []
-        logger.error("failed seeds: %s; %s", names, ", or ".join(remedies))
+        logger.error("failed seeds: %s; %s", names, _remedy(list(failed.values()), good))
         raise SystemExit(next(iter(failed.values())))
+
+
+def _remedy(codes: Sequence[int], good: Sequence[str]) -> str:
+    """What to do about seeds that failed with these codes, when `good` are done."""
+    stopped = all(code == StoppedError.exit_code for code in codes)
+    verdict = "the guard's verdict stands until the recipe or its data change"
+    remedy = verdict if stopped else "run the same command again to continue"
+    end = "," if len(good) == 1 else ""  # a number alone says how many seeds
+    return f"{remedy}, or leave them out: --seeds {','.join(good)}{end}" if good else remedy
 
 
 def _work(runs: Sequence[SeedRun], jobs: int, active: list[_Running]) -> dict[int, int]:
